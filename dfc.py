@@ -1,0 +1,892 @@
+"""dfc: what did reinforcement learning add to a model? Ask a Dedicated Feature Crosscoder.
+
+Model A is an RL-tuned language model that calls tools, B the frozen base it came from. Run both
+over the same texts, take the residual stream at one layer, and learn ONE sparse dictionary for the
+pair. Some of its latents may read and write A only, some B only, the rest are shared: what RL
+added has to go through the A-exclusive ones. (arXiv 2606.26474; the DFC is from arXiv 2602.11729.)
+
+    z_m    = (x_m - mean_m) / scale_m                   one vector per model m, mean square 1
+    pre    = relu( sum_m z_m W_enc[m] + b_enc )         forbidden (m, latent) weights are zero
+    f      = the k largest of pre, the rest zero
+    zhat_m = sum_l f_l W_dec[l, m] + b_dec[m]           xhat_m = zhat_m scale_m + mean_m
+    loss   = mean (z - zhat)^2 + sum_l lambda_l f_l |W_dec[l]| + revival of dead latents
+
+    latents = [ A-exclusive: n_a | B-exclusive: n_b | shared ]     n = int(share * L)
+    n_a = n_b = 0 is the plain crosscoder; a share of 0.5 is two separate sparse autoencoders.
+
+Shapes: B vectors in a batch, N in all, M = 2 models (0 = A, 1 = B), D residual width, L latents,
+k active latents. A suffix says what a tensor is: x_BMD, f_BL.
+
+    python dfc.py                          # the embedded pair: under 90 s on 2 CPU cores
+    python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: 5 minutes
+    python dfc.py --excl 0                 # the plain crosscoder
+    python dfc.py --recipe paper           # trained the published way, for comparison
+    python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
+
+Where we leave the paper, and why, each in one place below (`--recipe paper` undoes 2 to 6):
+  1. The mean and scale of the activations belong to the crosscoder. Published training vectors are
+     standardised, evaluation vectors are not, and the statistics are lost.          [Crosscoder]
+  2. Sparsity is sum_l f_l |W_dec[l]|: as a mean over all latents, lambda = 1e-3 weighs 0.1 % of the
+     loss, and f alone can be shrunk for free by a longer decoder.                    [l1_loss]
+  3. A fair start: an exclusive latent reads one model where a shared one reads two, so at first it
+     is picked 9 to 28 times less often. We equalise the spread per partition.     [fair_start]
+  4. Dead latents are revived, each partition on its own.                              [aux_loss]
+  5. Tied shared decoders (--tie-shared): a shared latent has one decoder row for both models, so
+     that a difference between A and B cannot hide in it.                               [decoder]
+  6. Half of the tool texts end where the assistant's turn begins: the place where latents are later
+     ranked and patched. The published mix never contains that place.                [tool_texts]
+
+Left out on purpose: several GPUs, token streams larger than memory, more than two models.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------
+# 1. The crosscoder
+# ---------------------------------------------------------------------------------------------
+
+
+class Crosscoder(nn.Module):
+    """A sparse dictionary over pairs of vectors, some latents confined to one model.
+
+    d_model D, n_latents L, k active latents per pair, n_a A-exclusive and n_b B-exclusive latents;
+    tied: shared latents write the same direction into both models. Parameter names and shapes are
+    those of the paper's checkpoints; mean and scale are ours. Draws from torch's global generator.
+    Raises ValueError for sizes that cannot be. (Paper section 3 and its Figure 1.)
+    """
+
+    def __init__(self, d_model, n_latents, k, n_a=0, n_b=0, tied=False):
+        super().__init__()
+        if not 1 <= k <= n_latents:
+            raise ValueError(f"k must be between 1 and the {n_latents} latents, got {k}")
+        if min(n_a, n_b) < 0 or n_a + n_b > n_latents:
+            raise ValueError(f"{n_a} + {n_b} exclusive latents do not fit into {n_latents}")
+        self.k, self.n_a, self.n_b, self.tied = k, n_a, n_b, tied
+        W_dec = F.normalize(torch.randn(n_latents, 2, d_model), dim=-1)
+        if tied:
+            W_dec[n_a + n_b:] = W_dec[n_a + n_b:, :1]
+        allowed = torch.ones(n_latents, 2)
+        allowed[:n_a, 1] = 0
+        allowed[n_a:n_a + n_b, 0] = 0
+        self.register_buffer("dec_mask", allowed)                                # (L, M)
+        self.register_buffer("enc_mask", allowed.T.clone())                      # (M, L)
+        self.W_dec = nn.Parameter(W_dec)                                         # (L, M, D)
+        # The decoder's transpose: a latent starts by reading what it writes (the mean of two).
+        share = allowed / allowed.sum(1, keepdim=True)
+        self.W_enc = nn.Parameter((W_dec * share[..., None]).permute(1, 2, 0).contiguous())
+        self.b_enc = nn.Parameter(torch.zeros(n_latents))                        # (L,)
+        self.b_dec = nn.Parameter(torch.zeros(2, d_model))                       # (M, D)
+        self.register_buffer("mean", torch.zeros(2, d_model))                    # (M, D)
+        self.register_buffer("scale", torch.ones(2))                             # (M,)
+
+    def partitions(self):
+        """{name: slice of latents}, in the order in which they lie."""
+        a, b = self.n_a, self.n_a + self.n_b
+        return {"a_excl": slice(0, a), "b_excl": slice(a, b), "shared": slice(b, len(self.b_enc))}
+
+    def normalise(self, x_BMD):
+        """Raw activations -> zero mean, mean square one per model."""
+        return (x_BMD.to(self.W_enc.dtype) - self.mean) / self.scale[:, None]
+
+    def decoder(self):
+        """The decoder in use, (L, M, D). Departure 5: a tied latent's two rows are their mean, so
+        both receive the same gradient and stay equal."""
+        W_dec = self.W_dec
+        if self.tied:
+            one_each, both = W_dec.split([self.n_a + self.n_b, len(W_dec) - self.n_a - self.n_b])
+            W_dec = torch.cat([one_each, both.mean(1, keepdim=True).expand_as(both)])
+        return W_dec * self.dec_mask[..., None]
+
+    def preactivations(self, z_BMD):
+        """Normalised vectors -> relu of what every latent reads, (B, L)."""
+        W_enc = self.W_enc * self.enc_mask[:, None]
+        return F.relu(z_BMD.flatten(1) @ W_enc.flatten(0, 1) + self.b_enc)
+
+    def encode(self, x_BMD):
+        """Raw activations -> f_BL, the k largest pre-activations of each pair, the rest zero."""
+        top = self.preactivations(self.normalise(x_BMD)).topk(self.k, dim=-1)
+        return torch.zeros(len(x_BMD), len(self.b_enc), dtype=top.values.dtype,
+                           device=x_BMD.device).scatter(1, top.indices, top.values)
+
+    def decode(self, f_BL):
+        """f_BL -> xhat_BMD in raw activation units."""
+        z_BMD = torch.einsum("bl,lmd->bmd", f_BL, self.decoder()) + self.b_dec
+        return z_BMD * self.scale[:, None] + self.mean
+
+    def forward(self, x_BMD):
+        f_BL = self.encode(x_BMD)
+        return self.decode(f_BL), f_BL
+
+    @torch.no_grad()
+    def fit_scale(self, x_NMD):
+        """Departure 1: take mean (M, D) and root mean square (M,) from the training vectors and
+        keep them, so that encode and decode speak raw units for ever after."""
+        self.mean.copy_(x_NMD.float().mean(0))
+        self.scale.copy_((x_NMD.float() - self.mean).pow(2).mean((0, 2)).sqrt().clamp(min=1e-8))
+
+    @torch.no_grad()
+    def fair_start(self, x_BMD):
+        """Departure 3: scale each exclusive partition's encoder until its pre-activations spread as
+        much as the shared ones' (as A's, if nothing is shared). By how much depends on how alike A
+        and B are: not at all if they are the same, by sqrt(2) if they have nothing in common."""
+        pre = self.normalise(x_BMD).flatten(1) @ (self.W_enc * self.enc_mask[:, None]).flatten(0, 1)
+        live = {n: s for n, s in self.partitions().items() if s.stop > s.start}
+        target = pre[:, live.get("shared", live.get("a_excl"))].std()
+        for part in live.values():
+            self.W_enc[:, :, part] *= target / pre[:, part].std().clamp(min=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Losses and metrics: pure functions of tensors
+# ---------------------------------------------------------------------------------------------
+
+
+def l1_loss(f_Bk, norms_Bk, weight_Bk):
+    """Departure 2: sum_l weight_l f_l |W_dec[l]|, mean over the batch; active latents only.
+
+    f_Bk activations, norms_Bk lengths of their decoder rows over both models, weight_Bk lambdas.
+    A longer row with a smaller f writes the same and costs the same: there is no way round it."""
+    return (weight_Bk * f_Bk * norms_Bk).sum(-1).mean()
+
+
+def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
+    """Departure 4: let the dead latents of each partition explain what the living leave over.
+
+    The residual is detached and b_dec stays out: dead latents learn from the error and do not push
+    the rest. A partition is asked only for the models it writes, and each on its own, or the many
+    shared latents would win every place. (AuxK, arXiv 2406.04093 appendix A.2.)"""
+    residual, total = (z_BMD - zhat_BMD).detach(), z_BMD.new_zeros(())
+    W_dec = cc.decoder()
+    for part in cc.partitions().values():
+        dead = dead_L[part].nonzero()[:, 0] + part.start
+        if len(dead):
+            top = pre_BL[:, dead].topk(min(len(dead), 2 * cc.k), dim=-1)
+            guess = sparse_decode(top.values, dead[top.indices], W_dec)
+            models = cc.dec_mask[part.start].bool()
+            total = total + (residual - guess)[:, models].pow(2).mean()
+    return total
+
+
+def sparse_decode(f_Bk, index_Bk, W_LMD):
+    """sum_k f W[index] -> (B, M, D): decode, touching only the active rows."""
+    flat = F.embedding_bag(index_Bk, W_LMD.flatten(1), per_sample_weights=f_Bk, mode="sum")
+    return flat.view(len(f_Bk), *W_LMD.shape[1:])
+
+
+def fve(x_BMD, xhat_BMD):
+    """Fraction of variance explained per model, (M,): 1 is perfect, predicting the mean gives 0."""
+    error = (x_BMD - xhat_BMD).double().pow(2).sum((0, 2))
+    return 1 - error / (x_BMD - x_BMD.double().mean(0)).pow(2).sum((0, 2)).clamp(min=1e-30)
+
+
+def cohens_d(f_PL, f_QL):
+    """(mean P - mean Q) / sqrt((var P + var Q) / 2) per latent; 0 where nothing differs.
+    (Paper section 4, ranking.)"""
+    spread = ((f_PL.double().var(0) + f_QL.double().var(0)) / 2).sqrt()
+    return (f_PL.double().mean(0) - f_QL.double().mean(0)) / spread.clamp(min=1e-12)
+
+
+def auroc(f_PL, f_QL):
+    """P(a value of P is larger than one of Q), ties counted half, per latent (Mann-Whitney)."""
+    both = torch.cat([f_PL, f_QL]).T.contiguous()                                # (L, P + Q)
+    ordered = both.sort(-1).values
+    below = torch.searchsorted(ordered, both[:, :len(f_PL)].contiguous())
+    upto = torch.searchsorted(ordered, both[:, :len(f_PL)].contiguous(), right=True)
+    ranks = ((below + upto + 1).double() / 2).sum(-1)
+    n, m = len(f_PL), len(f_QL)
+    return (ranks - n * (n + 1) / 2) / (n * m)
+
+
+def rank_latents(f_PL, f_QL, only=None):
+    """Latents that are alive and larger on P (tool) than on Q (other), best separated first.
+
+    f_PL, f_QL activations on the two sets of texts; only: a slice or list of latents to consider.
+    Returns a list of rows with the names of the authors' ranking.csv. Needs: cohens_d, auroc."""
+    d, area = cohens_d(f_PL, f_QL), auroc(f_PL, f_QL)
+    table = {"cohens_d": d, "auroc": area, "fire_rate_tool": (f_PL > 0).double().mean(0),
+             "fire_rate_nontool": (f_QL > 0).double().mean(0),
+             "diff": f_PL.double().mean(0) - f_QL.double().mean(0),
+             "mean_tool": f_PL.double().mean(0), "mean_nontool": f_QL.double().mean(0)}
+    wanted = torch.zeros(len(d), dtype=torch.bool)
+    wanted[slice(None) if only is None else only] = True
+    wanted &= d.cpu() > 0
+    order = [i for i in d.argsort(descending=True).tolist() if wanted[i]]
+    table = {name: column.tolist() for name, column in table.items()}
+    return [{"rank": r, "feature_idx": i, **{n: c[i] for n, c in table.items()}, "sign": 1}
+            for r, i in enumerate(order)]
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Activations: load a pair, read texts, collect
+# ---------------------------------------------------------------------------------------------
+
+
+class Problem(Exception):
+    """Something the user can mend; the message says what and how. Ends a program with status 2."""
+
+
+def resolve(name):
+    """A local folder as it is; a hub name as the folder of its snapshot, downloaded if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise Problem(f"no model folder at {name}: give one with config.json, or a hub owner/name")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, etag_timeout=20, allow_patterns=[
+            "*.json", "*.safetensors", "*.txt", "*.jinja", "model.pt"]))
+    except Exception as e:  # the hub's client raises some twenty kinds; all mean the same here
+        raise Problem(f"cannot get {name} from the hub ({type(e).__name__}): check name and "
+                      f"network, or download it elsewhere and give its folder") from None
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def load_model(name, device):
+    """Model in evaluation mode (bf16 on CUDA, else fp32) and its tokenizer, from a folder or hub.
+    Raises Problem."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = resolve(name)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except Exception as e:  # truncated or foreign file, unknown architecture: a dozen types
+        raise Problem(f"cannot load a model from {name}: {first_line(e)}") from None
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def blocks(model):
+    """The list of a decoder's transformer blocks. Raises Problem for unknown families."""
+    for path in ("model.layers", "model.language_model.layers", "language_model.model.layers",
+                 "transformer.h", "gpt_neox.layers", "model.decoder.layers"):
+        found = model
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.ModuleList):
+            return found
+    raise Problem(f"do not know where {type(model).__name__} keeps its blocks: add it to blocks()")
+
+
+class _Deep(Exception):
+    """Raised by a hook when the deepest layer wanted is done: no more of the pass is needed."""
+
+
+@torch.no_grad()
+def residuals(model, ids, layers):
+    """{layer: (B, S, D)}, outputs of blocks counted from 0: layer 13 is hidden_states[14]. (Of the
+    last block it is the output before the final norm.) The pass ends after the deepest one: no
+    further block, no vocabulary head. Needs: blocks, _Deep."""
+    found, deepest = {}, max(layers)
+
+    def keep(layer):
+        def hook(_, __, out):
+            found[layer] = out[0] if isinstance(out, tuple) else out
+            if layer == deepest:
+                raise _Deep
+        return hook
+    handles = [blocks(model)[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        model(input_ids=ids, use_cache=False)
+    except _Deep:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def collect(model, tokenizer, texts, layers, positions="last", batch_tokens=8192, max_tokens=4096):
+    """Residual vectors after some layers -> {layer: (N, D) fp16 on the CPU}, in order of the texts.
+
+    positions "last": one row per text, at its last token (paper section 3); "all": one per token.
+    Texts go in batches of like length, padded on the right, where causal attention never looks: the
+    result does not depend on the batch. Texts above max_tokens lose their beginning. Raises Problem
+    for a text without a token or a vector that is not finite. Needs: residuals, blocks."""
+    from tqdm import tqdm
+    depth, device = len(blocks(model)), next(model.parameters()).device
+    if not all(0 <= layer < depth for layer in layers):
+        raise Problem(f"layer {max(layers)} is past the end: the model has layers 0 to {depth - 1}")
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ids = [i[-max_tokens:] for i in ids]
+    empty = [i for i, text_ids in enumerate(ids) if not text_ids]
+    if empty:
+        raise Problem(f"text {empty[0]} holds no token: remove it")
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    out = {layer: [None] * len(ids) for layer in layers}
+    with tqdm(total=len(ids), desc="collect", unit="text", leave=False) as bar:
+        for batch in cut_batches(order, ids, batch_tokens):
+            width = len(ids[batch[-1]])
+            padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in batch])
+            for layer, h_BSD in residuals(model, padded.to(device), layers).items():
+                for row, i in enumerate(batch):
+                    end = len(ids[i])
+                    wanted = h_BSD[row, 0 if positions == "all" else end - 1:end].half().cpu()
+                    if not wanted.isfinite().all():
+                        raise Problem(f"layer {layer} of text {i} is not finite in fp16: "
+                                      f"{texts[i][:60]!r}")
+                    out[layer][i] = wanted
+            bar.update(len(batch))
+    return {layer: torch.cat(rows) for layer, rows in out.items()}
+
+
+def cut_batches(order, ids, batch_tokens):
+    """Indices sorted by length, cut so that a padded batch holds at most batch_tokens tokens."""
+    batch = []
+    for i in order:
+        if batch and (len(batch) + 1) * len(ids[i]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def read_rows(name, limit=None):
+    """Rows (dicts) of a .jsonl file, lines of a .txt file as {"text": line}, or rows of a hub
+    dataset "owner/name" or "owner/name:config", streamed. Raises Problem naming file and row."""
+    path = Path(name)
+    if not path.is_file():
+        if path.exists() or path.suffix in (".jsonl", ".txt") or name.count("/") != 1:
+            raise Problem(f"no text file {name}: give a .jsonl, a .txt or a hub dataset owner/name")
+        return _hub_rows(name, limit)
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (UnicodeDecodeError, OSError) as e:
+        raise Problem(f"{name} is not readable UTF-8 text ({e})") from None
+    if path.suffix != ".jsonl":
+        return [{"text": line} for line in lines[:limit]]
+    rows = []
+    for number, line in enumerate(lines[:limit], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            raise Problem(f"{name}, row {number} is not JSON: {e}") from None
+        if not isinstance(rows[-1], dict):
+            raise Problem(f"{name}, row {number} is not a JSON object")
+    return rows
+
+
+def _hub_rows(name, limit):
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise Problem(f"{name} is on the hub, which needs one more package: pip install datasets") \
+            from None
+    name, _, config = name.partition(":")
+    try:
+        stream = load_dataset(name, config or None, split="train", streaming=True)
+        return list(stream if limit is None else stream.take(limit))
+    except Exception as e:
+        raise Problem(f"cannot get {name} from the hub ({type(e).__name__}): check name and "
+                      f"network, or give a local .jsonl or .txt file") from None
+
+
+def split_of(row):
+    """train | dev | test: the row's own "split", else by a hash of the row, 80 : 10 : 10."""
+    lot = zlib.crc32(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()) % 10
+    return row.get("split") or {0: "dev", 1: "test"}.get(lot, "train")
+
+
+def chunks(text, tokenizer, size=30):
+    """Pieces of about `size` tokens that end where a sentence does (paper section 3, data)."""
+    pieces, piece, count = [], [], 0
+    for sentence in re.split(r"(?<=[.!?])\s+|\n+", text):
+        if sentence.strip():
+            piece.append(sentence)
+            count += len(tokenizer(sentence, add_special_tokens=False)["input_ids"])
+        if count >= size:
+            pieces, piece, count = pieces + [" ".join(piece)], [], 0
+    return pieces + [" ".join(piece)] * bool(piece and not pieces)
+
+
+def render(row, tokenizer):
+    """(prompt up to the assistant's turn, gold text, whether a call is wanted) of a tool row."""
+    from eval_toolcall import to_record
+    try:
+        record = to_record(row)
+    except ValueError as e:  # RowError and CallError
+        raise Problem(f"a tool row cannot be used: {e}") from None
+    if tokenizer.chat_template is None:
+        raise Problem("this tokenizer has no chat template: tool rows cannot be rendered with it")
+    prompt = tokenizer.apply_chat_template(record["messages"], tokenize=False,
+                                           add_generation_prompt=True)
+    opened = prompt.rsplit("\n", 1)[-1]  # what the template has begun to say for the assistant
+    return prompt, (record["gold"] or "").removeprefix(opened), bool(record["calls"])
+
+
+def tool_texts(rows, tokenizer, n, recipe, rng):
+    """n texts from tool rows. Departure 6: half are whole prompts up to the assistant's turn, the
+    place where latents are ranked and patched, half the same dialogues with their answer, cut at a
+    random blank. recipe "paper": the ends of chunks of about 30 tokens, and nothing else."""
+    if recipe == "paper" or "text" in rows[0]:
+        whole = [row.get("text") or "\n".join(render(row, tokenizer)[:2]) for row in rows]
+        return [c for text in whole for c in chunks(text, tokenizer)][:n]
+    rendered = [render(row, tokenizer) for row in rows]
+    prompts = [prompt for prompt, _, _ in rendered[:n // 2]]
+    cuts = []
+    while len(cuts) < n - len(prompts):
+        prompt, gold, _ = rendered[len(cuts) % len(rendered)]
+        blanks = [m.start() for m in re.finditer(r"\s", prompt + gold)]
+        cuts.append((prompt + gold)[:rng.choice(blanks)])
+    return prompts + cuts
+
+
+def corpus(tool_rows, plain_rows, tokenizer, n, recipe, seed, n_dev=300):
+    """{name: texts}: "train" (n tool and n plain texts), and from the dev rows "needs" and "none"
+    (prompts that do and do not need a tool, in the same template), "tool" and "plain"."""
+    import random
+    rng, sets = random.Random(seed), {}
+    for split in ("train", "dev"):
+        tools = [row for row in tool_rows if split_of(row) == split]
+        plains = [row for row in plain_rows if split_of(row) == split]
+        if len(tools) < 2 or len(plains) < 2:
+            raise Problem(f"{len(tools)} tool and {len(plains)} plain rows for {split}: too few, "
+                          f"give longer files")
+        many = n if split == "train" else n_dev
+        tool = tool_texts(tools, tokenizer, many, recipe, rng)
+        plain = [c for row in plains for c in chunks(row["text"], tokenizer)][:many]
+        sets |= {"train": tool + plain} if split == "train" else {"tool": tool, "plain": plain}
+    prompts = [render(row, tokenizer) for row in tools if "text" not in row][:2 * n_dev]
+    sets["needs"] = [prompt for prompt, _, wanted in prompts if wanted]
+    sets["none"] = [prompt for prompt, _, wanted in prompts if not wanted]
+    return sets
+
+
+def fingerprint(folder):
+    """What a model folder holds, weights and tokenizer included, as a short hash."""
+    digest = hashlib.sha256()
+    kinds = (".json", ".safetensors", ".txt", ".jinja")
+    for file in sorted(p for p in folder.iterdir() if p.suffix in kinds):
+        digest.update(file.name.encode())
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def paired(name_a, name_b, texts, layer, positions, cache, device):
+    """Both models' vectors for the same token ids (A's tokenizer) -> x_NMD, fp16 on the CPU.
+
+    Kept in `cache` as one array, under a key of everything that changes it; written under another
+    name until whole, so what is there is complete. Needs: resolve, fingerprint, load_model,
+    collect."""
+    folders = [resolve(name_a), resolve(name_b)]
+    manifest = {"format": 1, "models": [fingerprint(f) for f in folders], "layer": layer,
+                "positions": positions, "dtype": "bf16" if device == "cuda" else "fp32",
+                "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]}
+    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    home = Path(cache) / key
+    if (home / "manifest.json").is_file():
+        return torch.from_numpy(np.load(home / "x.npy"))
+    sides, tokenizer = [], None
+    for name in (name_a, name_b):
+        model, own = load_model(name, device)
+        tokenizer = tokenizer or own
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise Problem(f"{name_a} and {name_b} differ in vocabulary: token ids must agree")
+        sides.append(collect(model, tokenizer, texts, [layer], positions)[layer])
+        if sides[0].shape != sides[-1].shape:
+            raise Problem(f"widths differ: {name_a} has {sides[0].shape[1]}, {name_b} has "
+                          f"{sides[1].shape[1]}")
+    x_NMD, part = torch.stack(sides, 1), Path(cache) / f"{key}.part{os.getpid()}"
+    try:
+        part.mkdir(parents=True)
+        np.save(part / "x.npy", x_NMD.numpy())
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        part.rename(home)
+    except OSError as e:
+        shutil.rmtree(part, ignore_errors=True)
+        if not home.exists():  # else another run was faster
+            raise Problem(f"cannot keep activations in {cache} ({e.strerror}): free space, or give "
+                          f"--out on another disk") from None
+    return x_NMD
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Training, saving, loading
+# ---------------------------------------------------------------------------------------------
+
+
+def lr_at(step, steps):
+    """Factor of the learning rate: 5 % warm-up, constant, linear to zero over the last 20 %."""
+    return min(1, (step + 1) / max(1, .05 * steps), (steps - step) / max(1, .2 * steps))
+
+
+def batch_indices(n, batch, step, seed):
+    """Indices of one batch: consecutive stretches of a permutation that is new in every epoch; a
+    function of step and seed alone, so that a resumed run continues where it was."""
+    batch = min(batch, n)
+    epoch, place = divmod(step, n // batch)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[place * batch:(place + 1) * batch]
+
+
+def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=1e-4, l1_excl=1e-4, seed=0, recipe="dfc",
+          aux=1 / 32, dead_after=100, checkpoint=None, every=500):
+    """Fit a crosscoder to raw vectors x_NMD on its device; returns {term: mean share of the loss}.
+
+    steps of `batch` vectors with Adam at lr (paper: 9,000 of 1,024 at 1e-4), gradient norm clipped
+    at 1, bf16 autocast on CUDA. l1_shared and l1_excl are the lambdas of l1_loss; a latent silent
+    for dead_after steps counts as dead. recipe "paper": L1 as a mean over all latents, no revival,
+    constant rate. checkpoint: a file to continue from and to write every `every` steps. The shares
+    are taken over the last tenth. Needs: l1_loss, aux_loss, sparse_decode, lr_at, batch_indices,
+    write."""
+    from tqdm import tqdm
+    device, published = x_NMD.device, recipe == "paper"
+    opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
+    silent, begin = torch.zeros(len(cc.b_enc), dtype=torch.long, device=device), 0
+    weight = torch.full((len(cc.b_enc),), l1_shared, device=device)
+    weight[:cc.n_a + cc.n_b] = l1_excl
+    shares = torch.zeros(3, device=device)
+    if checkpoint and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        cc.load_state_dict(state["cc"])
+        opt.load_state_dict(state["opt"])
+        silent, shares, begin = state["silent"], state["shares"], state["step"]
+    bar = tqdm(range(begin, steps), initial=begin, total=steps, desc="train", leave=False)
+    for step in bar:
+        for group in opt.param_groups:
+            group["lr"] = lr if published else lr * lr_at(step, steps)
+        z_BMD = cc.normalise(x_NMD[batch_indices(len(x_NMD), batch, step, seed).to(device)])
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            pre_BL = cc.preactivations(z_BMD).float()
+        top, W_dec = pre_BL.topk(cc.k, dim=-1, sorted=False), cc.decoder()
+        zhat_BMD = sparse_decode(top.values, top.indices, W_dec) + cc.b_dec
+        terms = [(z_BMD - zhat_BMD).pow(2).mean(), *z_BMD.new_zeros(2)]
+        if published:
+            terms[1] = (weight[top.indices] * top.values).sum(-1).mean() / len(cc.b_enc)
+        else:
+            norms = W_dec.flatten(1).norm(dim=1)
+            terms[1] = l1_loss(top.values, norms[top.indices], weight[top.indices])
+            silent += 1
+            silent[top.indices[top.values > 0]] = 0
+            terms[2] = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent > dead_after)
+        opt.zero_grad()
+        sum(terms).backward()
+        nn.utils.clip_grad_norm_(cc.parameters(), 1.)
+        opt.step()
+        if step >= .9 * steps:
+            shares += torch.stack(terms).detach()
+        if step % 50 == 0:
+            bar.set_postfix(mse=f"{terms[0].item():.4f}")
+        if checkpoint and (step + 1) % every == 0:
+            write(checkpoint, lambda file: torch.save({
+                "cc": cc.state_dict(), "opt": opt.state_dict(), "silent": silent, "shares": shares,
+                "step": step + 1}, file))
+    return dict(zip(("mse", "l1", "aux"), (shares / shares.sum()).tolist()))
+
+
+def write(path, save):
+    """Write a file under another name first, so that what bears its name is always whole."""
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        save(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        part.unlink(missing_ok=True)
+        raise Problem(f"cannot write {path} ({first_line(e)}): free space, or give --out on "
+                      f"another disk") from None
+
+
+def save(cc, folder, **more):
+    """model.safetensors and config.json, in the authors' names and shapes plus mean and scale."""
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"activation_dim": cc.b_dec.shape[1], "dict_size": len(cc.b_enc), "k": cc.k,
+              "n_a": cc.n_a, "n_b": cc.n_b, "tied": cc.tied, **more}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in cc.state_dict().items()}
+    write(folder / "model.safetensors", lambda file: save_file(tensors, file))
+    write(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=1)))
+
+
+def load(name, device="cpu"):
+    """A crosscoder from a run folder or from the hub, in evaluation mode; the paper's checkpoints
+    too (model.pt, read without executing anything; mean 0 and scale 1). Raises Problem."""
+    folder = resolve(name)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if (folder / "model.safetensors").exists():
+            from safetensors.torch import load_file
+            state = load_file(folder / "model.safetensors")
+        else:
+            state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
+        mask = state.get("dec_mask", torch.ones(len(state["b_enc"]), 2)).float()
+        n_a, n_b = int((mask[:, 1] == 0).sum()), int((mask[:, 0] == 0).sum())
+        cc = Crosscoder(state["b_dec"].shape[1], len(mask), config["k"], n_a, n_b,
+                        config.get("tied", False))
+        if not torch.equal(cc.dec_mask, mask):
+            raise ValueError("its latents are not ordered A-exclusive, B-exclusive, shared")
+        state = dict(cc.named_buffers()) | state  # what an older file lacks: mean, scale, masks
+        cc.load_state_dict({n: t.float() for n, t in state.items()})
+    except Exception as e:  # truncated, foreign, pickled code, other shapes: a dozen types
+        raise Problem(f"{name} holds no crosscoder that can be read: {first_line(e)}") from None
+    return cc.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The main job
+# ---------------------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+PRESETS = {  # which models, data, layer and sizes
+    "tiny": dict(model_a=f"{HERE}/tiny/toolrl", model_b=f"{HERE}/tiny/base", layer=3,
+                 tool_texts=f"{HERE}/tiny/tools.jsonl", plain_texts=f"{HERE}/tiny/text.jsonl",
+                 n_texts=3000, dict=512, k=8, excl=.1, excl_b=0., tie_shared=True, steps=1200,
+                 batch=512, lr=1e-3),
+    "paper": dict(model_a="chengq9/ToolRL-Qwen2.5-3B", model_b="Qwen/Qwen2.5-3B", layer=13,
+                  tool_texts="emrecanacikgoz/ToolRL",
+                  plain_texts="HuggingFaceFW/fineweb:sample-10BT",
+                  n_texts=40_000, dict=8192, k=45, excl=.1, excl_b=.1, tie_shared=True, steps=9000,
+                  batch=1024, lr=1e-4),
+}
+L1 = {"dfc": 1e-4, "paper": 1e-3}  # default lambdas: 1 to 10 % of the loss; the published figure
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message):
+        raise Problem(f"{message} (see --help)")
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: a finite number in [low, high]."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return value
+    return parse
+
+
+def parse_args(argv):
+    p = Parser(prog="dfc.py", description="Train a Dedicated Feature Crosscoder on two models.")
+    whole, share, weight = number(int, 1), number(float, 0, .5), number(float, 0)
+    p.add_argument("--preset", choices=PRESETS, default="tiny", help="models, data, layer, sizes")
+    p.add_argument("--recipe", choices=L1, default="dfc", help="how to train; paper = as published")
+    p.add_argument("--model-a", help="the RL-tuned model: a folder or a hub name")
+    p.add_argument("--model-b", help="its base; the same as --model-a for the null experiment")
+    p.add_argument("--tool-texts", help=".jsonl of tool rows, .txt, or hub dataset[:config]")
+    p.add_argument("--plain-texts", help="the same with plain texts")
+    p.add_argument("--n-texts", type=whole, help="training texts of each of the two kinds")
+    p.add_argument("--layer", type=number(int, 0), help="output of this block, counted from 0")
+    p.add_argument("--positions", choices=["last", "all"], default="last", help="vectors per text")
+    p.add_argument("--dict", type=whole, help="latents L")
+    p.add_argument("--k", type=whole, help="active latents per pair of vectors")
+    p.add_argument("--excl", type=share, help="A-exclusive share of latents; 0 = plain crosscoder")
+    p.add_argument("--excl-b", type=share, help="B-exclusive share (default: as --excl)")
+    p.add_argument("--tie-shared", action=argparse.BooleanOptionalAction,
+                   help="one decoder row for both models in shared latents")
+    p.add_argument("--l1-shared", type=weight, help="lambda of the shared latents")
+    p.add_argument("--l1-excl", type=weight, help="lambda of the exclusive latents")
+    p.add_argument("--steps", type=whole)
+    p.add_argument("--batch", type=whole)
+    p.add_argument("--lr", type=weight)
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    p.add_argument("--resume", action="store_true", help="continue a killed run, skip a whole one")
+    return settle(p.parse_args(argv))
+
+
+def settle(args):
+    """Fill in what was not asked for: the recipe's word goes before the preset's."""
+    preset = dict(PRESETS[args.preset])
+    if args.excl is not None or args.recipe == "paper":
+        preset["excl_b"] = preset["excl"] if args.excl is None else args.excl
+    if args.recipe == "paper" or args.excl == 0:
+        preset["tie_shared"] = False  # tied and without exclusive latents, A and B could not differ
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("l1_shared", "l1_excl"):
+        if getattr(args, name) is None:
+            setattr(args, name, L1[args.recipe])
+    if args.k > args.dict:
+        raise Problem(f"--k {args.k} is larger than the dictionary, --dict {args.dict}: lower it")
+    if args.tie_shared and not args.excl + args.excl_b:
+        raise Problem("--tie-shared without exclusive latents leaves no room for a difference")
+    args.out = args.out or Path("runs") / run_name(args)
+    return args
+
+
+def run_name(args):
+    """The published name of a setting (dfc-D8k-excl10-k45), then what is ours."""
+    exclusive = args.excl + args.excl_b > 0
+    size = f"D{args.dict}" if args.dict % 1024 or args.dict < 8192 else f"D{args.dict // 1024}k"
+    name = f"dfc-{size}-excl{100 * args.excl:02.0f}" if exclusive else f"cc-{size}"
+    name += "-freeexcl" * (exclusive and args.l1_excl == 0) + "-nol1" * (args.l1_shared == 0)
+    name += f"-k{args.k}" + f"-b{100 * args.excl_b:02.0f}" * (args.excl_b != args.excl)
+    name += "-tied" * args.tie_shared + "-paper" * (args.recipe == "paper")
+    return name + f"-layer{args.layer}-seed{args.seed}"
+
+
+def measure(cc, sets, l1_parts):
+    """The figures of the report, from {name: x_NMD}. FVE on vectors that were not trained on."""
+    dev = torch.cat([sets[n] for n in ("tool", "plain", "needs", "none")])
+    codes = {n: encode_all(cc, x) for n, x in sets.items()}
+    dev_f = torch.cat([codes[n] for n in ("tool", "plain", "needs", "none")])
+    xhat = torch.cat([cc.decode(f) for f in dev_f.split(1024)]) if len(dev_f) else dev
+    fa, fb = fve(dev.float(), xhat).tolist()
+    out = {"fve": {"A": fa, "B": fb}, "l0": {}, "live": {}, "loss_share": l1_parts, "ranking": {}}
+    for name, part in cc.partitions().items():
+        f = codes["train"][:, part]
+        out["l0"][name] = (f > 0).float().sum(1).mean().item()
+        out["live"][name] = (f > 0).any(0).float().mean().item() if f.shape[1] else 0.
+        pairs = {"needs/none": ("needs", "none"), "tool/plain": ("tool", "plain")}
+        out["ranking"][name] = {c: rank_latents(codes[p], codes[q], part)[:5]
+                                for c, (p, q) in pairs.items()
+                                if min(len(codes[p]), len(codes[q])) > 1}
+    return out
+
+
+@torch.no_grad()
+def encode_all(cc, x_NMD, batch=1024):
+    device = cc.b_dec.device
+    return torch.cat([cc.encode(x.to(device)).cpu() for x in x_NMD.split(batch)])
+
+
+def report(args, m):
+    """The result as a few aligned lines."""
+    c = m["counts"]
+    print(f"pair      A {args.model_a}   B {args.model_b}   layer {args.layer}, width {c['width']}")
+    print(f"data      {c['train']} vectors, {c['outliers']} left out as outliers; dev: "
+          + ", ".join(f"{c[n]} {n}" for n in ("needs", "none", "tool", "plain")))
+    tied = "tied" if args.tie_shared else "untied"
+    print(f"latents   {args.dict}, k {args.k}, A-exclusive {c['n_a']}, B-exclusive {c['n_b']}, "
+          f"shared {tied}, recipe {args.recipe}, seed {args.seed}")
+    print(f"FVE       A {m['fve']['A']:.3f}   B {m['fve']['B']:.3f}   (dev)")
+    names = {"a_excl": "A-exclusive", "b_excl": "B-exclusive", "shared": "shared"}
+    for title, key in (("L0", "l0"), ("live", "live")):
+        print(f"{title:10s}" + "   ".join(f"{names[n]} {v:.2f}" for n, v in m[key].items()))
+    print("loss      " + "   ".join(f"{n} {100 * v:.1f} %" for n, v in m["loss_share"].items()))
+    print(f"seconds   collect {m['seconds']['collect']:.0f}   train {m['seconds']['train']:.0f}")
+    for part in ("a_excl", "shared"):
+        for contrast, rows in m["ranking"][part].items():
+            if rows:
+                print(f"\n{names[part] + ', ' + contrast:28s} latent      d   AUROC   "
+                      f"fires on {contrast}")
+            for r in rows:
+                print(f"{'':28s} {r['feature_idx']:6d} {r['cohens_d']:6.2f}  {r['auroc']:6.3f}   "
+                      f"{r['fire_rate_tool']:.2f} / {r['fire_rate_nontool']:.2f}")
+
+
+def versions():
+    import transformers
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+            "transformers": transformers.__version__}
+
+
+def gather(args, device):
+    """Texts, then both models' vectors for them -> {set: x_NMD}; outliers taken from "train"."""
+    from transformers import AutoTokenizer
+    tool = read_rows(args.tool_texts)
+    plain = read_rows(args.plain_texts, 2 * args.n_texts)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(args.model_a))
+    sets = corpus(tool, plain, tokenizer, args.n_texts, args.recipe, args.seed)
+    cache = args.out.parent / "cache"
+    where = {"train": args.positions, "dev": "last"}
+    dev_texts = [t for name, texts in sets.items() if name != "train" for t in texts]
+    x = {name: paired(args.model_a, args.model_b, texts, args.layer, where[name], cache, device)
+         for name, texts in (("train", sets["train"]), ("dev", dev_texts))}
+    sizes = [len(texts) for name, texts in sets.items() if name != "train"]
+    out = dict(zip([n for n in sets if n != "train"], x["dev"].split(sizes)))
+    norms = x["train"].float().norm(dim=2)
+    keep = (norms <= 10 * norms.median(0).values).all(1)  # attention sinks: a few huge vectors
+    return out | {"train": x["train"][keep]}, int((~keep).sum())
+
+
+def run(args):
+    """Collect, train, save and report; returns the metrics."""
+    done, checkpoint = args.out / "metrics.json", args.out / "checkpoint.pt"
+    if done.exists() or checkpoint.exists():
+        if not args.resume:
+            raise Problem(f"{args.out} holds a run: --resume continues it, --out starts another")
+        check_same(args)
+        if done.exists():
+            print(f"{args.out} is finished; nothing to do")
+            return json.loads(done.read_text())
+    device, start = "cuda" if torch.cuda.is_available() else "cpu", time.time()
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = json.loads(json.dumps(vars(args), default=str))
+    write(args.out / "run.json", lambda f: f.write_text(json.dumps(config, indent=1)))
+    sets, outliers = gather(args, device)
+    collected, x = time.time(), sets["train"].to(device)
+    torch.manual_seed(args.seed)
+    cc = Crosscoder(x.shape[2], args.dict, args.k, int(args.excl * args.dict),
+                    int(args.excl_b * args.dict), args.tie_shared).to(device)
+    cc.fit_scale(x)
+    if args.recipe == "paper":
+        with torch.no_grad():  # published: encoder and decoder drawn independently, no fair start
+            cc.W_enc.normal_(std=cc.W_enc.std().item())
+    else:
+        cc.fair_start(x[batch_indices(len(x), 4096, 0, args.seed).to(device)])
+    shares = train(cc, x, args.steps, args.batch, args.lr, args.l1_shared, args.l1_excl, args.seed,
+                   args.recipe, checkpoint=checkpoint)
+    trained = time.time()
+    with torch.no_grad():
+        m = measure(cc.cpu().eval(), sets, shares)
+    m |= {"seconds": {"collect": collected - start, "train": trained - collected},
+          "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+          "versions": versions(), "seed": args.seed, "config": config,
+          "counts": {n: len(s) for n, s in sets.items()} | {
+              "outliers": outliers, "width": x.shape[2], "n_a": cc.n_a, "n_b": cc.n_b}}
+    save(cc, args.out, layer=args.layer, recipe=args.recipe)
+    write(done, lambda f: f.write_text(json.dumps(m, indent=1)))
+    checkpoint.unlink(missing_ok=True)
+    report(args, m)
+    print(f"\nsaved     {args.out}")
+    return m
+
+
+def check_same(args):
+    """A run is continued only with the settings it was begun with."""
+    before = json.loads((args.out / "run.json").read_text())
+    now = json.loads(json.dumps(vars(args), default=str))
+    other = [n for n in now if n not in ("resume", "out") and before.get(n) != now[n]]
+    if other:
+        raise Problem(f"{args.out} was begun with another {', '.join(other)}: use the same, or "
+                      f"another --out")
+
+
+def cli(main, argv=None):
+    """Run a program's main; what the user can mend is one line on stderr and status 2."""
+    try:
+        main(argv)
+        return 0
+    except Problem as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"{Path(sys.argv[0]).name}: {e.strerror or e}: {e.filename or ''} (is it there? "
+              f"space? permission?)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command with --resume continues", file=sys.stderr)
+        return 130
+
+
+def main(argv=None):
+    run(parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))
