@@ -245,10 +245,11 @@ def resolve(name):
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise Problem(f"no model folder at {name}: give one with config.json, or a hub owner/name")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    files = ["*.json", "*.safetensors", "*.txt", "*.jinja", "model.pt"]
     try:
-        return Path(snapshot_download(name, etag_timeout=20, allow_patterns=[
-            "*.json", "*.safetensors", "*.txt", "*.jinja", "model.pt"]))
+        HfApi().model_info(name, timeout=20)  # the download itself would wait for minutes
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:  # the hub's client raises some twenty kinds; all mean the same here
         raise Problem(f"cannot get {name} from the hub ({type(e).__name__}): check name and "
                       f"network, or download it elsewhere and give its folder") from None
@@ -258,18 +259,23 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def load_model(name, device):
-    """Model in evaluation mode (bf16 on CUDA, else fp32) and its tokenizer, from a folder or hub.
-    Raises Problem."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_part(auto, name, **how):
+    """A part of a model, AutoTokenizer's or AutoModelForCausalLM's, from a folder or the hub."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     folder = resolve(name)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return auto.from_pretrained(folder, **how)
     except Exception as e:  # truncated or foreign file, unknown architecture: a dozen types
         raise Problem(f"cannot load a model from {name}: {first_line(e)}") from None
-    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def load_model(name, device):
+    """Model in evaluation mode (bf16 on CUDA, else fp32) and its tokenizer. Raises Problem."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = load_part(AutoModelForCausalLM, name, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False), load_part(AutoTokenizer, name)
 
 
 def blocks(model):
@@ -328,6 +334,8 @@ def collect(model, tokenizer, texts, layers, positions="last", batch_tokens=8192
     empty = [i for i, text_ids in enumerate(ids) if not text_ids]
     if empty:
         raise Problem(f"text {empty[0]} holds no token: remove it")
+    if max(map(max, ids), default=0) >= model.get_input_embeddings().num_embeddings:
+        raise Problem("the tokenizer has more tokens than the model: they do not belong together")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out = {layer: [None] * len(ids) for layer in layers}
     with tqdm(total=len(ids), desc="collect", unit="text", leave=False) as bar:
@@ -493,7 +501,14 @@ def paired(name_a, name_b, texts, layer, positions, cache, device):
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
     home = Path(cache) / key
     if (home / "manifest.json").is_file():
-        return torch.from_numpy(np.load(home / "x.npy"))
+        try:
+            return torch.from_numpy(np.load(home / "x.npy"))
+        except (ValueError, EOFError, OSError):  # damaged from outside: collect again
+            shutil.rmtree(home)
+    from transformers import AutoConfig
+    widths = [load_part(AutoConfig, n).get_text_config().hidden_size for n in (name_a, name_b)]
+    if widths[0] != widths[1]:
+        raise Problem(f"widths differ: {name_a} has {widths[0]}, {name_b} has {widths[1]}")
     sides, tokenizer = [], None
     for name in (name_a, name_b):
         model, own = load_model(name, device)
@@ -501,9 +516,6 @@ def paired(name_a, name_b, texts, layer, positions, cache, device):
         if own.get_vocab() != tokenizer.get_vocab():
             raise Problem(f"{name_a} and {name_b} differ in vocabulary: token ids must agree")
         sides.append(collect(model, tokenizer, texts, [layer], positions)[layer])
-        if sides[0].shape != sides[-1].shape:
-            raise Problem(f"widths differ: {name_a} has {sides[0].shape[1]}, {name_b} has "
-                          f"{sides[1].shape[1]}")
     x_NMD, part = torch.stack(sides, 1), Path(cache) / f"{key}.part{os.getpid()}"
     try:
         part.mkdir(parents=True)
@@ -537,7 +549,7 @@ def batch_indices(n, batch, step, seed):
     return order[place * batch:(place + 1) * batch]
 
 
-def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=1e-4, l1_excl=1e-4, seed=0, recipe="dfc",
+def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, seed=0, recipe="dfc",
           aux=1 / 32, dead_after=100, checkpoint=None, every=500):
     """Fit a crosscoder to raw vectors x_NMD on its device; returns {term: mean share of the loss}.
 
@@ -655,7 +667,7 @@ PRESETS = {  # which models, data, layer and sizes
                   n_texts=40_000, dict=8192, k=45, excl=.1, excl_b=.1, tie_shared=True, steps=9000,
                   batch=1024, lr=1e-4),
 }
-L1 = {"dfc": 1e-4, "paper": 1e-3}  # default lambdas: 1 to 10 % of the loss; the published figure
+L1 = {"dfc": 2e-5, "paper": 1e-3}  # default lambdas: 1 to 10 % of the loss; as published
 
 
 class Parser(argparse.ArgumentParser):
@@ -800,7 +812,7 @@ def gather(args, device):
     from transformers import AutoTokenizer
     tool = read_rows(args.tool_texts)
     plain = read_rows(args.plain_texts, 2 * args.n_texts)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(args.model_a))
+    tokenizer = load_part(AutoTokenizer, args.model_a)
     sets = corpus(tool, plain, tokenizer, args.n_texts, args.recipe, args.seed)
     cache = args.out.parent / "cache"
     where = {"train": args.positions, "dev": "last"}

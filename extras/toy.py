@@ -1,8 +1,8 @@
 """A planted ground truth: does the crosscoder find concepts that only one model has?
 
 Two "models" are linear readouts of the same sparse concepts: each text activates a few of n
-concepts, and model m's vector is the sum of the active concepts' directions in m. Some concepts have
-a direction in A only, some in B only, the rest in both (the toy world of arXiv 2602.11729):
+concepts, and model m's vector is the sum of the active concepts' directions in m. Some concepts
+have a direction in A only, some in B only, the rest in both (the toy world of arXiv 2602.11729):
 
     x_m = sum_c  s_c  d_{c,m} + noise      s_c > 0 on active concepts;  d_{c,m} = 0 where m lacks c
 
@@ -26,11 +26,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def plant(n_concepts=96, n_only=8, d_model=64, n_vectors=20_000, active=4, turn=.1, noise=.02, seed=0):
+def plant(n_concepts=96, n_only=8, d_model=64, n_vectors=20_000, active=4, turn=.1, noise=.02,
+          seed=0):
     """x_NMD and the true directions d_CMD (zero rows where a model lacks the concept).
 
-    The first n_only concepts belong to A, the next n_only to B, the rest to both; `turn` is the size
-    of the difference between A's and B's direction of a shared concept."""
+    The first n_only concepts belong to A, the next n_only to B, the rest to both; `turn` is the
+    size of the difference between A's and B's direction of a shared concept."""
     g = torch.Generator().manual_seed(seed)
     d_CMD = F.normalize(torch.randn(n_concepts, 1, d_model, generator=g), dim=-1)
     d_CMD = d_CMD + turn * F.normalize(torch.randn(n_concepts, 2, d_model, generator=g), dim=-1)
@@ -44,7 +45,8 @@ def plant(n_concepts=96, n_only=8, d_model=64, n_vectors=20_000, active=4, turn=
     return x_NMD + noise * torch.randn(x_NMD.shape, generator=g), d_CMD
 
 
-def fit(x_NMD, share=.125, share_b=None, tied=False, n_latents=128, k=4, steps=1500, seed=0, recipe="dfc"):
+def fit(x_NMD, share=.125, share_b=None, tied=False, n_latents=128, k=4, steps=1500, seed=0,
+        recipe="dfc"):
     """A crosscoder on planted vectors, trained as dfc.py trains."""
     from dfc import Crosscoder, train
     torch.manual_seed(seed)
@@ -53,13 +55,15 @@ def fit(x_NMD, share=.125, share_b=None, tied=False, n_latents=128, k=4, steps=1
     cc.fit_scale(x_NMD)
     if recipe != "paper":
         cc.fair_start(x_NMD[:4096])
-    train(cc, x_NMD, steps, batch=512, lr=3e-3, l1_shared=1e-4, l1_excl=1e-4, seed=seed, recipe=recipe)
+    train(cc, x_NMD, steps, batch=512, lr=3e-3, l1_shared=1e-4, l1_excl=1e-4, seed=seed,
+          recipe=recipe)
     return cc.eval()
 
 
 @torch.no_grad()
 def exclusive_latents(cc, x_NMD, model):
-    """Live latents that are `model`'s alone: by the mask, or by 95 % of the norm without a partition."""
+    """Live latents that are `model`'s alone: by the mask, or, without a partition, by 95 % of the
+    norm."""
     alive = torch.cat([cc.encode(x) for x in x_NMD.split(4096)]).gt(0).any(0)
     norms = cc.decoder().norm(dim=-1)
     own = norms[:, model] > .95 * norms.sum(1)
@@ -82,18 +86,19 @@ def main(argv=None):
     p = argparse.ArgumentParser(description="Planted exclusive concepts, and who finds them.")
     p.add_argument("--seeds", type=int, default=3)
     args = p.parse_args(argv)
-    print("                     recall, mean (range)                  false positives, mean (range)")
-    print("                     A-only             B-only             A-only             B-only")
-    for name, how in (("DFC, tied", dict(tied=True)), ("DFC, untied", {}),
-                      ("DFC, recipe paper", dict(recipe="paper")), ("plain crosscoder", dict(share=0.))):
+    print(f"{'':21s}recall, mean (range)                  false positives, mean (range)")
+    print(f"{'':21s}A-only             B-only             A-only             B-only")
+    variants = {"DFC, tied": dict(tied=True), "DFC, untied": {},
+                "DFC, recipe paper": dict(recipe="paper"), "plain crosscoder": dict(share=0.)}
+    for name, how in variants.items():
         grades = []
         for seed in range(args.seeds):
             x, d = plant(seed=seed)
             cc = fit(x, seed=seed, **how)
             grades.append([*grade(cc, x, d, 8, 0), *grade(cc, x, d, 8, 1)])
         columns = torch.tensor(grades).T[[0, 2, 1, 3]]
-        print(f"{name:20s} " + "".join(f"{c.mean():.2f} ({c.min():.2f}-{c.max():.2f})   " for c in columns),
-              flush=True)
+        cells = (f"{c.mean():.2f} ({c.min():.2f}-{c.max():.2f})   " for c in columns)
+        print(f"{name:20s} " + "".join(cells), flush=True)
 
 
 if __name__ == "__main__":

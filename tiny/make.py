@@ -476,7 +476,8 @@ def wilson(hits, n, z=1.96):
     """95 % interval of a proportion, in percent."""
     p, d = hits / n, 1 + z * z / n
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** .5
-    return 100 * (p + z * z / (2 * n) - half) / d, 100 * (p + z * z / (2 * n) + half) / d
+    low, high = ((p + z * z / (2 * n) + side * half) / d for side in (-1, 1))
+    return 100 * max(0., low), 100 * min(1., high)
 
 
 def measure(tok):

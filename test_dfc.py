@@ -1,0 +1,883 @@
+"""The specification of dfc: what is true of every piece, one sentence a test. pytest runs it in
+under 90 s on 2 CPU cores, without a GPU and without a network."""
+
+import copy
+import json
+import math
+import random
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dfc
+import eval_toolcall as ev
+
+ROOT = Path(__file__).resolve().parent
+TINY = ROOT / "tiny"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def small(n_a=4, n_b=3, tied=False, k=5, L=32, D=8):
+    return dfc.Crosscoder(D, L, k, n_a, n_b, tied)
+
+
+def fit_small(cc, x, steps=30, **how):
+    cc.fit_scale(x)
+    cc.fair_start(x)
+    return dfc.train(cc, x, steps, batch=64, lr=1e-2, dead_after=2, **how)
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. The crosscoder
+# ---------------------------------------------------------------------------------------------
+
+
+def test_encode_and_decode_match_a_python_loop():
+    cc, x = small(), torch.randn(6, 2, 8) * 3 + 1
+    cc.fit_scale(x)
+    xhat, f = cc(x)
+    for b in range(len(x)):
+        z = [(x[b, m] - cc.mean[m]) / cc.scale[m] for m in range(2)]
+        pre = [max(0., float(sum(z[m] @ (cc.W_enc[m, :, l] * cc.enc_mask[m, l]) for m in range(2))
+                             + cc.b_enc[l])) for l in range(32)]
+        kept = sorted(range(32), key=lambda l: -pre[l])[:cc.k]
+        for l in range(32):
+            assert f[b, l].item() == pytest.approx(pre[l] if l in kept else 0., abs=1e-5)
+        for m in range(2):
+            z_m = sum(pre[l] * cc.W_dec[l, m] * cc.dec_mask[l, m] for l in kept) + cc.b_dec[m]
+            assert torch.allclose(xhat[b, m], z_m * cc.scale[m] + cc.mean[m], atol=1e-4)
+
+
+def test_an_empty_partition_is_the_plain_crosscoder():
+    cc = small(n_a=0, n_b=0)
+    assert cc.enc_mask.min() == 1 and cc.dec_mask.min() == 1
+    assert cc.partitions() == {"a_excl": slice(0, 0), "b_excl": slice(0, 0), "shared": slice(0, 32)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_exclusive_latents_never_touch_the_other_model(tied):
+    cc, x = small(tied=tied), torch.randn(256, 2, 8)
+    fit_small(cc, x)
+    for cc in (cc, copy.deepcopy(cc)):
+        other = x.clone()
+        other[:, 1] = torch.randn(256, 8)
+        pre, pre_other = (cc.preactivations(cc.normalise(v)) for v in (x, other))
+        assert torch.equal(pre[:, :4], pre_other[:, :4])           # A-exclusive do not read B
+        f = torch.zeros(1, 32)
+        nothing = cc.decode(f)
+        for l in range(7):
+            f.zero_()[0, l] = 9.
+            moved = (cc.decode(f) - nothing).abs().amax((0, 2)) > 0
+            assert moved.tolist() == [l < 4, l >= 4]
+
+
+def test_gradients_reach_the_allowed_side_only():
+    cc, x = small(k=32), torch.randn(64, 2, 8)
+    cc(x)[0].pow(2).sum().backward()
+    enc, dec = cc.W_enc.grad.abs().sum(1), cc.W_dec.grad.abs().sum(2)
+    assert ((enc > 0) == cc.enc_mask.bool()).all() and ((dec > 0) == cc.dec_mask.bool()).all()
+
+
+def test_tied_shared_rows_stay_equal_in_training_and_untied_do_not():
+    x = torch.randn(256, 2, 8)
+    for tied in (True, False):
+        cc = small(tied=tied)
+        fit_small(cc, x)
+        assert torch.equal(cc.W_dec[7:, 0], cc.W_dec[7:, 1]) is tied
+
+
+def test_save_and_load_round_trip_raw_units(tmp_path):
+    cc, x = small(tied=True), torch.randn(64, 2, 8) * torch.tensor([[3.], [70.]]) + 20
+    cc.fit_scale(x)
+    dfc.save(cc, tmp_path)
+    again = dfc.load(tmp_path)
+    assert (again.k, again.n_a, again.n_b, again.tied) == (5, 4, 3, True)
+    assert torch.equal(again(x)[0], cc(x)[0])
+
+
+def test_scale_and_mean_make_every_model_weigh_the_same():
+    cc, x = small(), torch.randn(500, 2, 8) * torch.tensor([[.01], [90.]]) + 7
+    cc.fit_scale(x)
+    z = cc.normalise(x)
+    assert torch.allclose(z.mean(0), torch.zeros(2, 8), atol=1e-3)
+    assert torch.allclose(z.pow(2).mean((0, 2)), torch.ones(2), atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fair_start_gives_every_partition_the_same_spread(tied):
+    cc = dfc.Crosscoder(32, 600, 8, 200, 200, tied)
+    x = torch.randn(1000, 1, 32) + .5 * torch.randn(1000, 2, 32)
+    cc.fit_scale(x)
+    cc.fair_start(x)
+    linear = cc.normalise(x).flatten(1) @ (cc.W_enc * cc.enc_mask[:, None]).flatten(0, 1)
+    spread = [linear[:, part].std().item() for part in cc.partitions().values()]
+    assert max(spread) / min(spread) < 1.01
+
+
+@pytest.mark.parametrize("sizes", [dict(k=0), dict(k=33), dict(n_a=30), dict(n_a=-1)])
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(ValueError):
+        small(**sizes)
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Losses and metrics
+# ---------------------------------------------------------------------------------------------
+
+
+def test_sparse_decode_equals_the_dense_product():
+    cc, x = small(tied=True), torch.randn(20, 2, 8)
+    f = cc.encode(x)
+    top = f.topk(cc.k)
+    dense = torch.einsum("bl,lmd->bmd", f, cc.decoder())
+    sparse = dfc.sparse_decode(top.values, top.indices, cc.decoder())
+    assert torch.allclose(sparse, dense, atol=1e-6)
+
+
+def test_l1_cannot_be_escaped_by_a_longer_decoder():
+    f, norms, weight = torch.rand(7, 5), torch.rand(7, 5), torch.rand(7, 5)
+    assert torch.allclose(dfc.l1_loss(f, norms, weight), dfc.l1_loss(f / 10, norms * 10, weight))
+
+
+def test_the_auxiliary_loss_moves_dead_latents_only_and_not_the_bias():
+    cc, x = small(), torch.randn(64, 2, 8)
+    pre = cc.preactivations(cc.normalise(x))
+    dead = torch.arange(32) % 2 == 0
+    dfc.aux_loss(cc, cc.normalise(x), cc.normalise(cc(x)[0]), pre, dead).backward()
+    assert cc.b_dec.grad is None or not cc.b_dec.grad.any()
+    moved = cc.W_dec.grad.abs().sum((1, 2)) > 0
+    assert moved[dead].any() and not moved[~dead].any()
+    for part in cc.partitions().values():
+        assert moved[part].any()  # no partition is crowded out by another
+
+
+def test_predicting_the_mean_gives_fve_0_and_the_truth_1():
+    x = torch.randn(50, 2, 8) * 100 + 1000
+    assert dfc.fve(x, x.double().mean(0).expand_as(x)).tolist() == [0., 0.]
+    assert dfc.fve(x, x).tolist() == [1., 1.]
+
+
+def test_cohens_d_is_the_textbook_value():
+    p, q = torch.tensor([[2.], [4.], [6.]]), torch.tensor([[1.], [2.], [3.]])
+    assert dfc.cohens_d(p, q).item() == pytest.approx(2 / math.sqrt((4 + 1) / 2))
+    assert dfc.cohens_d(p * 0, q * 0).item() == 0
+
+
+def test_auroc_counts_pairs_and_ties_half():
+    p, q = torch.randint(0, 4, (30, 3)).float(), torch.randint(0, 3, (20, 3)).float()
+    slow = [np.mean([(a > b) + .5 * (a == b) for a in p[:, l] for b in q[:, l]]) for l in range(3)]
+    assert dfc.auroc(p, q).tolist() == pytest.approx(slow)
+
+
+def test_the_ranking_holds_live_latents_that_prefer_tools_best_first():
+    p, q = torch.zeros(20, 4), torch.zeros(20, 4)
+    p[:, 1], p[:10, 2], q[:, 3] = torch.rand(20) + 1, 1., 1.
+    rows = dfc.rank_latents(p, q)
+    assert [r["feature_idx"] for r in rows] == [1, 2] and rows[0]["auroc"] == 1
+    assert [r["feature_idx"] for r in dfc.rank_latents(p, q, slice(2, 4))] == [2]
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Activations
+# ---------------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer with one token per character: enough for collect()."""
+
+    def __call__(self, texts, add_special_tokens=False):
+        one = isinstance(texts, str)
+        ids = [[ord(c) % 61 + 1 for c in t] for t in ([texts] if one else texts)]
+        return {"input_ids": ids[0] if one else ids}
+
+
+def random_model(family, layers=3):
+    import transformers as tr
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=layers,
+                 num_attention_heads=2, num_key_value_heads=1, head_dim=8, pad_token_id=0)
+    config = getattr(tr, f"{family}Config")(**sizes)
+    return tr.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Gemma2"])
+def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family):
+    model = random_model(family)
+    texts = ["".join(random.choices("abcdefgh ", k=n)) for n in (3, 17, 1, 9, 17, 5)]
+    for size in (1, 40, 8192):
+        got = dfc.collect(model, Words(), texts, [0, 1], batch_tokens=size)
+        every = dfc.collect(model, Words(), texts, [1], "all", batch_tokens=size)[1].float()
+        for i, text in enumerate(texts):
+            ids = torch.tensor([Words()(text)["input_ids"]])
+            hidden = model(ids, output_hidden_states=True).hidden_states
+            for layer in (0, 1):
+                assert torch.allclose(got[layer][i].float(), hidden[layer + 1][0, -1], atol=4e-3)
+            assert torch.allclose(every[:len(text)], hidden[2][0], atol=4e-3)
+            every = every[len(text):]
+        assert not len(every)
+
+
+def test_collect_does_not_depend_on_the_padding_side():
+    model, ids = random_model("Qwen2"), torch.tensor([[5, 6, 7]])
+    left = torch.tensor([[0, 0, 5, 6, 7]])
+    places = torch.tensor([[0, 0, 0, 1, 2]])
+    padded = model(left, attention_mask=(left > 0).long(), position_ids=places,
+                   output_hidden_states=True).hidden_states[2][0, -1]
+    assert torch.allclose(dfc.residuals(model, ids, [1])[1][0, -1], padded, atol=1e-5)
+
+
+def test_the_pass_stops_after_the_deepest_layer_and_leaves_no_hook():
+    model, ran = random_model("Qwen2"), []
+    handle = model.model.layers[2].register_forward_hook(lambda *_: ran.append(1))
+    dfc.collect(model, Words(), ["abc"], [0, 1])
+    handle.remove()
+    assert not ran and not any(b._forward_hooks for b in dfc.blocks(model))
+
+
+def test_collect_names_what_is_wrong():
+    model = random_model("Qwen2")
+    with pytest.raises(dfc.Problem, match="layers 0 to 2"):
+        dfc.collect(model, Words(), ["abc"], [3])
+    with pytest.raises(dfc.Problem, match="text 1 holds no token"):
+        dfc.collect(model, Words(), ["abc", ""], [1])
+    with pytest.raises(dfc.Problem, match="Linear keeps its blocks"):
+        dfc.blocks(torch.nn.Linear(2, 2))
+    model.model.embed_tokens.weight.data[ord("z") % 61 + 1] = float("nan")
+    with pytest.raises(dfc.Problem, match="text 2 is not finite.*'xyz'"):
+        dfc.collect(model, Words(), ["abc", "d", "xyz"], [1])
+
+
+def test_chunks_end_at_sentence_ends_and_lose_nothing_before_them():
+    text = "One two three. Four five six! Seven eight. " * 5
+    pieces = dfc.chunks(text, Words(), size=25)
+    assert all(p[-1] in ".!" for p in pieces) and text.startswith(" ".join(pieces))
+    assert all(25 <= len(p) < 60 for p in pieces)
+
+
+def test_a_split_is_made_once_and_covers_every_row():
+    rows = [{"text": str(i)} for i in range(2000)]
+    counts = [sum(dfc.split_of(r) == s for r in rows) for s in ("train", "dev", "test")]
+    assert sum(counts) == 2000 and counts[1] > 120 and counts[2] > 120
+    assert dfc.split_of({"text": "0", "split": "dev"}) == "dev"
+
+
+def corpus_args(**more):
+    base = dict(model_a=str(TINY / "toolrl"), model_b=str(TINY / "base"), layer=1,
+                texts=["one", "two words"], positions="last", device="cpu")
+    return base | more
+
+
+def test_activations_are_kept_and_the_key_covers_texts_layer_and_weights(tmp_path, monkeypatch):
+    a = tmp_path / "a"
+    a.mkdir()
+    for file in (TINY / "toolrl").iterdir():
+        (a / file.name).write_bytes(file.read_bytes())
+    args = corpus_args(model_a=str(a), cache=tmp_path / "cache")
+    first, loads, load_model = dfc.paired(*order(args)), [], dfc.load_model
+    monkeypatch.setattr(dfc, "load_model", lambda *x: loads.append(x) or load_model(*x))
+    assert torch.equal(dfc.paired(*order(args)), first) and not loads
+    dfc.paired(*order(args | {"layer": 0}))
+    dfc.paired(*order(args | {"texts": ["one", "two wordz"]}))
+    assert len(loads) == 4
+    from safetensors.torch import load_file, save_file
+    weights = load_file(a / "model.safetensors")
+    save_file({n: w * 1.01 for n, w in weights.items()}, a / "model.safetensors", {"format": "pt"})
+    assert not torch.equal(dfc.paired(*order(args)), first) and len(loads) == 6
+
+
+def order(args):
+    names = ("model_a", "model_b", "texts", "layer", "positions", "cache", "device")
+    return [args[n] for n in names]
+
+
+def test_a_full_disk_while_caching_says_so_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(dfc.Problem, match="No space left"):
+        dfc.paired(*order(corpus_args(cache=tmp_path / "cache")))
+    assert not any((tmp_path / "cache").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Training
+# ---------------------------------------------------------------------------------------------
+
+
+def test_equal_seeds_give_equal_weights():
+    x, made = torch.randn(300, 2, 8), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        made.append(small(tied=True))
+        fit_small(made[-1], x, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in made)))
+
+
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    x, made = torch.randn(300, 2, 8), []
+    for stop in (None, 17):
+        torch.manual_seed(3)
+        cc = small()
+        how = dict(checkpoint=tmp_path / f"{stop}.pt", every=5)
+        if stop:
+            batch_indices = dfc.batch_indices
+
+            def killed(n, batch, step, seed):
+                if step == stop:
+                    raise KeyboardInterrupt
+                return batch_indices(n, batch, step, seed)
+            monkeypatch.setattr(dfc, "batch_indices", killed)
+            with pytest.raises(KeyboardInterrupt):
+                fit_small(cc, x, **how)
+            monkeypatch.undo()
+            torch.manual_seed(99)
+            cc = small()
+        shares = fit_small(cc, x, **how)
+        made.append((cc, shares))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m, _ in made)))
+    assert made[0][1] == made[1][1]
+
+
+def test_latents_that_start_too_weak_to_be_picked_are_revived():
+    x, live = torch.randn(2000, 2, 16), []
+    for aux in (0., 1 / 32):
+        torch.manual_seed(1)
+        cc = dfc.Crosscoder(16, 128, 4, 16, 16)
+        cc.fit_scale(x)
+        with torch.no_grad():
+            cc.W_enc[:, :, ::2] *= .2
+        dfc.train(cc, x, 400, batch=128, lr=3e-3, dead_after=5, aux=aux)
+        live.append((cc.encode(x) > 0).any(0)[::2].float().mean().item())
+    assert live[1] > live[0] + .3, live
+
+
+def published(folder, masks, D=8, L=20, n_a=2):
+    """A folder in the form of the paper's checkpoints, from random weights."""
+    cc = dfc.Crosscoder(D, L, 4, n_a, n_a)
+    state = {n: t for n, t in cc.state_dict().items() if n not in ("mean", "scale")}
+    if not masks:
+        state = {n: t for n, t in state.items() if "mask" not in n}
+    folder.mkdir()
+    torch.save(state, folder / "model.pt")
+    (folder / "config.json").write_text(json.dumps({"activation_dim": D, "dict_size": L, "k": 4}))
+    return cc
+
+
+def test_published_checkpoints_load_with_the_partition_of_their_masks(tmp_path):
+    ours, theirs = published(tmp_path / "m", True), dfc.load(tmp_path / "m")
+    x = torch.randn(5, 2, 8)
+    assert (theirs.n_a, theirs.n_b) == (2, 2) and torch.equal(theirs(x)[0], ours(x)[0])
+    published(tmp_path / "plain", False, n_a=0)
+    assert dfc.load(tmp_path / "plain").n_a == 0
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_foreign_truncated_and_pickled_checkpoints_are_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path / "bomb", True)
+    torch.save({"W_enc": Bomb()}, tmp_path / "bomb" / "model.pt")
+    dfc.save(small(), tmp_path / "cut")
+    whole = (tmp_path / "cut" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "empty").mkdir()
+    for name in ("bomb", "cut", "empty"):
+        with pytest.raises(dfc.Problem, match="no crosscoder that can be read"):
+            dfc.load(str(tmp_path / name))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.fixture(scope="module")
+def toy():
+    sys.path.insert(0, str(ROOT / "extras"))
+    import toy
+    return toy
+
+
+def test_planted_exclusive_features_are_recovered(toy):
+    x, d = toy.plant(n_concepts=48, n_only=4, n_vectors=6000, d_model=48)
+    cc = toy.fit(x, n_latents=64, tied=True, steps=800)
+    recall, _ = toy.grade(cc, x, d, 4, 0)
+    assert recall >= .75
+
+
+def test_a_pair_of_identical_models_yields_no_exclusive_feature(toy):
+    """With A-exclusive latents only. With B-exclusive ones besides, a shared concept can be written
+    by one latent of each, and some are: mirror pairs, hence n_b = 0 in the default preset."""
+    x, d = toy.plant(n_concepts=48, n_only=0, turn=0., n_vectors=6000, noise=0.)
+    x[:, 1] = x[:, 0]
+    cc = toy.fit(x, share_b=0., tied=True, steps=800)
+    mass = torch.cat([cc.encode(v) for v in x.split(1000)]).sum(0)
+    assert mass[:cc.n_a].sum() < .01 * mass.sum()
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The main job
+# ---------------------------------------------------------------------------------------------
+
+QUICK = ["--n-texts", "120", "--steps", "30", "--dict", "64", "--batch", "64"]
+
+
+def call(*argv):
+    return dfc.cli(dfc.main, [str(a) for a in argv])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "one"
+    assert call(*QUICK, "--out", out) == 0
+    return out
+
+
+def test_the_main_job_saves_what_the_readme_names(finished):
+    m = json.loads((finished / "metrics.json").read_text())
+    assert set(m["fve"]) == {"A", "B"} and .2 < m["fve"]["A"] <= 1
+    assert set(m["live"]) == set(m["l0"]) == {"a_excl", "b_excl", "shared"}
+    assert sum(m["l0"].values()) < 8.001 and sum(m["loss_share"].values()) == pytest.approx(1)
+    assert m["config"]["dict"] == 64 and {"torch", "transformers"} <= set(m["versions"])
+    for contrasts in (m["ranking"]["a_excl"], m["ranking"]["shared"]):
+        assert set(contrasts) == {"needs/none", "tool/plain"}
+    assert len(m["ranking"]["shared"]["needs/none"]) == 5
+    assert not (finished / "checkpoint.pt").exists() and dfc.load(finished).n_a == 6
+
+
+def test_a_finished_run_is_not_touched_unless_it_is_the_same(finished, capsys):
+    before = (finished / "model.safetensors").read_bytes()
+    assert call(*QUICK, "--out", finished) == 2
+    assert call(*QUICK, "--out", finished, "--resume") == 0
+    assert "is finished" in capsys.readouterr().out
+    assert call(*QUICK, "--seed", 5, "--out", finished, "--resume") == 2
+    assert "another seed" in capsys.readouterr().err
+    assert (finished / "model.safetensors").read_bytes() == before
+
+
+def test_a_killed_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch):
+    train = dfc.train
+    monkeypatch.setattr(dfc, "train", lambda *a, **k: train(*a, **k | {"every": 10}))
+    indices = dfc.batch_indices
+
+    def killed(n, batch, step, seed):
+        if step == 15:
+            raise KeyboardInterrupt
+        return indices(n, batch, step, seed)
+    monkeypatch.setattr(dfc, "batch_indices", killed)
+    assert call(*QUICK, "--out", tmp_path / "one", "--resume") == 130
+    monkeypatch.setattr(dfc, "batch_indices", indices)
+    assert call(*QUICK, "--out", tmp_path / "one", "--resume") == 0
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == \
+        (finished / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("flags, n_a, n_b, tied", [
+    ([], 51, 0, True), (["--excl", "0"], 0, 0, False), (["--excl", ".5"], 256, 256, True),
+    (["--excl", ".05"], 25, 25, True), (["--recipe", "paper"], 51, 51, False),
+    (["--excl-b", ".1"], 51, 51, True), (["--recipe", "paper", "--tie-shared"], 51, 51, True)])
+def test_what_is_not_asked_for_follows_from_recipe_and_preset(flags, n_a, n_b, tied):
+    args = dfc.parse_args(flags)
+    sizes = int(args.excl * args.dict), int(args.excl_b * args.dict)
+    assert (*sizes, args.tie_shared) == (n_a, n_b, tied)
+
+
+def test_the_recipe_paper_trains(tmp_path):
+    assert call(*QUICK, "--recipe", "paper", "--out", tmp_path / "p") == 0
+    m = json.loads((tmp_path / "p" / "metrics.json").read_text())
+    assert m["loss_share"]["aux"] == 0 and m["counts"]["n_b"] == 6
+
+
+def test_the_same_model_twice_is_a_valid_pair(tmp_path):
+    assert call(*QUICK, "--model-b", TINY / "toolrl", "--out", tmp_path / "null") == 0
+
+
+def write_text(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--k", "65"], "larger than the dictionary"), (["--k", "0"], "--k"), (["--k", "x"], "--k"),
+    (["--dict", "-5"], "--dict"), (["--excl", ".6"], "--excl"), (["--excl", "-.1"], "--excl"),
+    (["--excl", "nan"], "--excl"), (["--excl", "much"], "--excl"), (["--lr", "inf"], "--lr"),
+    (["--steps", "0"], "--steps"), (["--seed", "-1"], "--seed"),
+    (["--layer", "4"], "layers 0 to 3"), (["--excl", "0", "--tie-shared"], "no room"),
+    (["--positions", "some"], "--positions"), (["--what"], "--what"),
+    (["--model-a", "no/such/folder"], "no model folder"),
+    (["--model-a", "nobody/nothing"], "give its folder"), (["--model-a", "BAD"], "cannot load"),
+    (["--model-b", "WIDE"], "widths differ"), (["--tool-texts", "EMPTY.txt"], "rows for train"),
+    (["--tool-texts", "ONE.txt"], "rows for train"),
+    (["--plain-texts", "BINARY.txt"], "not readable UTF-8"),
+    (["--plain-texts", "BROKEN.jsonl"], "row 2 is not JSON"),
+    (["--plain-texts", "LIST.jsonl"], "row 1 is not"),
+    (["--tool-texts", "ODD.jsonl"], "keys"), (["--plain-texts", "nowhere.txt"], "no text file"),
+    (["--plain-texts", "nobody/nothing"], "hub"), (["--out", "FILE/run"], "FILE")])
+def test_bad_input_is_one_line_and_status_2(flags, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "BAD").mkdir()
+    (tmp_path / "BAD" / "config.json").write_text("{}")
+    for name, text in {"EMPTY.txt": "", "ONE.txt": "just one line\n", "FILE": "",
+                       "BINARY.txt": b"\xff\xfe\x00\x9c" * 50, "LIST.jsonl": "[1]\n",
+                       "BROKEN.jsonl": '{"text": "a"}\n{"text": \n',
+                       "ODD.jsonl": '{"a": 1}\n' * 99}.items():
+        write_text(tmp_path / name, text)
+    if "WIDE" in flags:
+        random_model("Qwen2", layers=4).save_pretrained(tmp_path / "WIDE")
+        for file in (TINY / "base").glob("tok*"):
+            (tmp_path / "WIDE" / file.name).write_bytes(file.read_bytes())
+    quick = [f for f in QUICK if not ("--steps" in flags and f in ("--steps", "30"))]
+    assert call(*quick, "--out", "run", *flags) == 2
+    err = capsys.readouterr().err.strip()
+    assert says in err.splitlines()[-1] and "Traceback" not in err and "usage" not in err
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Scores (eval_toolcall.py)
+# ---------------------------------------------------------------------------------------------
+
+THINK = "<think> t </think>\n"
+WEATHER = '{"name": "get_weather", "parameters": {"city": "Paris", "days": 3}}'
+SHORT = '{"name": "get_weather", "parameters": {"city": "Paris"}}'
+TIME = '{"name": "get_time", "parameters": {"tz": "CET"}}'
+RESPONSE = THINK + "<response> hi </response>"
+
+
+def block(*calls):
+    return "<tool_call>\n" + "\n".join(calls) + "\n</tool_call>"
+
+
+def record(gold):
+    tools = "1. Name: get_weather\n2. Name: get_time\n3. Name: get_weather_alerts"
+    return ev.to_record({"instruction": tools, "input": "", "output": gold})
+
+
+ONE, TWO = record(THINK + block(WEATHER)), record(THINK + block(SHORT, TIME))
+NONE = record(RESPONSE)
+
+
+@pytest.mark.parametrize("output, gold, form, correct, overall, exact", [
+    (THINK + block(WEATHER), ONE, 1, 3, 2, 1),
+    (THINK + block(WEATHER.replace("3", "5")), ONE, 1, 1.5, 2, 0),
+    (THINK + block(WEATHER.replace("3", '"3"')), ONE, 1, 1.5, 2, 0),
+    (THINK + block(SHORT), ONE, 1, .75, 2, 0),
+    (THINK + block(WEATHER.replace("3}", '3, "x": 1}')), ONE, 1, 2.5, 2, 0),
+    (THINK + block('{"name": "get_weather", "parameters": {}}'), ONE, 1, -1.5, 2, 0),
+    (THINK + block(TIME), ONE, 1, -3, 2, 0),
+    (THINK + block(WEATHER.replace("parameters", "arguments")), ONE, 1, -3, 2, 1),
+    (THINK + block(WEATHER.replace("3}", "3,}")), ONE, 1, -3, 2, 0),
+    (THINK + block(WEATHER, TIME), ONE, 1, 2.25, 2, 0),
+    (THINK + "<tool_call>\n" + WEATHER, ONE, 0, -3, 2, 0),
+    (block(WEATHER), ONE, 0, 3, 2, 1),
+    (THINK + block(SHORT), TWO, 1, 0, 2, 0),
+    (THINK + block(TIME, SHORT), TWO, 1, 3, 2, 1),
+    (THINK + block(WEATHER), NONE, 0, 0, 2, 0),
+    (RESPONSE, NONE, 1, 0, -1, 1),
+    (RESPONSE, ONE, 0, -3, -1, 0)])
+def test_the_scorers_golden_table(output, gold, form, correct, overall, exact):
+    s = ev.score(output, gold)
+    assert (s["toolrl_format"], s["toolrl_correctness"]) == (form, pytest.approx(correct))
+    assert (s["paper_overall"], s["exact"]) == (overall, exact)
+
+
+def test_the_parser_raises_its_one_error_whatever_goes_in():
+    rng = random.Random(0)
+    pieces = ["<tool_call>", "</tool_call>", "</think>", "\n", WEATHER, "{", "}", '"name"', ":",
+              "[" * 3000, "null", "\x00", "é", '{"name": 3}', '"arguments": "{}"', "1e999",
+              "9" * 5000]
+    for _ in range(3000):
+        try:
+            calls = ev.parse_calls("".join(rng.choices(pieces, k=rng.randint(0, 12))))
+        except ev.CallError:
+            continue
+        assert all(isinstance(c["name"], str) and isinstance(c["parameters"], dict) for c in calls)
+
+
+def chat_row(turn, *more, **keys):
+    return {"messages": [{"role": "user", "content": "q"}, *more, {"role": "assistant"} | turn],
+            "tools": [{"type": "function", "function": {"name": "get_weather"}}]} | keys
+
+
+def hermes(*calls):
+    return "\n".join(block(c.replace("parameters", "arguments")) for c in calls)
+
+
+SYSTEM = [{"role": "system", "content": "1. Name: get_weather\nDescription: none"},
+          {"role": "user", "content": "q"}]
+PARIS = {"city": "Paris", "days": 3}
+AS_TEXT = {"name": "get_weather", "arguments": json.dumps(PARIS)}
+
+
+@pytest.mark.parametrize("row", [
+    {"instruction": SYSTEM[0]["content"], "input": "q", "output": THINK + block(WEATHER)},
+    {"prompt": SYSTEM, "reward_model": {"ground_truth": THINK + block(WEATHER), "style": "rule"}},
+    chat_row({"content": None, "tool_calls": [{"type": "function", "function": AS_TEXT}]}),
+    chat_row({"tool_calls": [{"name": "get_weather", "arguments": PARIS}]},
+             tools='["get_weather"]'),
+    chat_row({"content": hermes(WEATHER)}),
+    {"prediction": "", "ground_truth": block(WEATHER), "tools": [{"name": "get_weather"}]},
+    {"prediction": "", "ground_truth": [AS_TEXT], "tools": ["get_weather"]}])
+def test_every_row_format_gives_the_same_record(row):
+    got = ev.to_record(row)
+    assert got["calls"] == [{"name": "get_weather", "parameters": PARIS}]
+    assert got["tools"] == ["get_weather"]
+    assert "prediction" in row or got["messages"][-1] == {"role": "user", "content": "q"}
+    assert ev.score(THINK + block(WEATHER), got)["toolrl"] == 4
+    assert ev.score(THINK + block(WEATHER), ev.to_record(row | {"prediction": ""}))["exact"] == 1
+
+
+def test_where_no_call_is_wanted_plain_text_answers_only_rows_without_the_tag():
+    for row, plain in ((chat_row({"content": "It rains."}), 1),
+                       ({"prediction": "", "ground_truth": []}, 1),
+                       ({"prediction": "", "ground_truth": RESPONSE}, 0)):
+        got = ev.to_record(row)
+        assert got["calls"] == [] and ev.score("Yes.", got)["exact"] == plain
+        assert ev.score(RESPONSE, got)["exact"] == 1
+        for empty in ("", THINK, THINK + "<response> </response>"):
+            assert ev.score(empty, got)["exact"] == 0
+
+
+def test_hermes_has_one_block_a_call_and_a_block_left_open_is_marked():
+    calls = ev.parse_calls(hermes(SHORT, TIME))
+    assert calls == ev.parse_calls(block(SHORT, TIME)) and len(calls) == 2
+    assert ev.parse_calls(hermes(json.dumps(json.loads(SHORT), indent=1))) == calls[:1]
+    cut = ev.parse_calls(hermes(SHORT, TIME).removesuffix("</tool_call>"))
+    assert cut == [calls[0], calls[1] | {"unclosed": True}]
+    gold = ev.to_record({"prediction": "", "ground_truth": "<tool_call>" + SHORT})
+    assert gold["calls"] == calls[:1]  # a gold is what it means
+
+
+def test_a_well_formed_call_beside_a_broken_one_is_called_and_never_exact():
+    with pytest.raises(ev.CallError) as e:
+        ev.parse_calls(block(SHORT, TIME[:-2]))
+    assert [c["name"] for c in e.value.calls] == ["get_weather"]
+    s = ev.score(THINK + block(SHORT, TIME[:-2]), NONE)
+    assert (s["called"], s["false_call"], s["name"], s["exact"]) == (1, 1, 0, 0)
+
+
+def test_toolrl_is_its_published_code_where_the_formula_leaves_a_choice():
+    gold = [{"name": "a", "parameters": {"x": 1}}, {"name": "a", "parameters": {}}]
+    empty = '{"name": "a", "parameters": {}}'
+    assert ev.toolrl_correctness(block(empty), gold) == -.75  # the first gold call uses nothing up
+    for parameters in ("[]", '""', '[["x", 1]]', "null"):
+        assert ev.toolrl_correctness(block(empty.replace("{}", parameters)), gold) == -3
+    assert ev.toolrl_format(RESPONSE + "\n", RESPONSE) == 1   # it strips the output
+    assert ev.toolrl_format("So: " + RESPONSE, RESPONSE) == 0
+
+
+def test_equality_is_that_of_json():
+    for a, b, same in ((3, 3., 1), (3, "3", 0), (1, True, 0), ([1], [1], 1), ({"a": []}, {}, 0),
+                       (math.nan, math.nan, 0)):
+        calls = [[{"name": "f", "parameters": {"x": x}}] for x in (a, b)]
+        assert ev.same_calls(*calls) == same
+    assert not ev.same_calls(calls[0][:1] * 2, calls[0])
+    deep = json.dumps({"name": "f", "parameters": {"x": 0}}).replace("0", "[" * 400 + "]" * 400)
+    with pytest.raises(ev.CallError):
+        ev.parse_calls(block(deep))
+
+
+def test_wilson_is_the_textbook_interval():
+    for hits, n, low, high in ((8, 10, 49.02, 94.33), (0, 10, 0, 27.75), (10, 10, 72.25, 100),
+                               (1, 2, 9.45, 90.55)):
+        share = ev.wilson(hits, n)
+        assert [share["lo"], share["hi"]] == pytest.approx([low, high], abs=.01)
+        assert 0 <= share["lo"] <= share["pct"] == 100 * hits / n <= share["hi"] <= 100
+
+
+def test_totals_keep_rows_that_need_a_tool_apart_from_those_that_want_none():
+    records = [ONE, TWO, NONE, NONE]
+    outputs = [THINK + block(WEATHER), THINK + block(SHORT), RESPONSE, THINK + block(TIME)]
+    t = ev.totals([ev.score(o, r) for o, r in zip(outputs, records)], records)
+    assert {g: (v["n"], v["exact"]["pct"], v["called"]["pct"]) for g, v in t.items()} == \
+        {"all": (4, 50, 75), "needs": (2, 50, 100), "none": (2, 50, 50)}
+    assert t["needs"]["toolrl"] == {"mean": (4 + 1) / 2, "n": 2}
+    assert t["all"]["exact"] | {"lo": 0, "hi": 0} == \
+        {"pct": 50, "hits": 2, "n": 4, "lo": 0, "hi": 0}
+    assert set(ev.totals([ev.score("", ONE)], [ONE])) == {"all", "needs"} and not ev.totals([], [])
+    bare = NONE | {"tools": []}
+    t = ev.totals([ev.score(RESPONSE, bare)], [bare])
+    assert "paper_tool" not in t["all"] and t["all"]["exact"]["n"] == 1
+
+
+def test_chance_lines_score_answers_that_never_read_the_question():
+    first = record(THINK + block('{"name": "get_weather", "parameters": {}}'))
+    lines = ev.chance([first, ONE, NONE, NONE | {"tools": []}])
+    hits = {name: t["all"]["exact"]["hits"] for name, t in lines.items()}
+    assert hits["first tool, {}"] == hits["a response"] == 1
+    assert all(t["all"]["n"] == 3 for t in lines.values())     # the row without tools is left out
+    assert lines["first tool, {}"]["all"]["paper_tool"]["pct"] == 100
+    assert lines["a response"]["all"]["toolrl"]["mean"] == (-3 - 3 + 1) / 3
+    many = [ONE] * 300
+    named = ev.chance(many)["random tool, {}"]["all"]["name"]["hits"]
+    assert 70 < named < 130 and ev.chance(many) == ev.chance(many)
+    assert ev.chance([NONE | {"tools": []}]) == {}
+
+
+SCORED = {"ground_truth": THINK + block(WEATHER), "tools": ["get_weather", "get_time"]}
+SCORED = [SCORED | {"prediction": THINK + block(WEATHER)}, SCORED | {"prediction": "\u2028 no"}]
+
+
+def as_lines(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def scorer(*argv):
+    try:
+        return ev.run(ev.main, [str(a) for a in argv])
+    except SystemExit as e:
+        return e.code
+
+
+def test_score_reads_a_file_or_standard_input(tmp_path, monkeypatch, capsys):
+    import io
+    file = write_text(tmp_path / "o.jsonl", as_lines(*SCORED) + "\r\n")
+    assert scorer("--score", file) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "exact 1/2 (50.0%, 95% 9.5-90.5)"
+    assert sum(line.startswith("chance:") for line in out.splitlines()) == 3
+    assert max(map(len, out.splitlines())) <= 100
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
+    assert scorer("--score", "-") == 0 and capsys.readouterr().out == out
+    rows = [{"instruction": "", "input": "", "output": RESPONSE, "prediction": RESPONSE}]
+    assert scorer("--score", write_text(tmp_path / "t.jsonl", as_lines(*rows))) == 0
+    out = capsys.readouterr().out
+    assert "chance" not in out and out.endswith("exact 1/1 (100.0%, 95% 20.7-100.0)\n")
+
+
+def test_a_gold_that_does_not_parse_is_listed_and_left_out(tmp_path, capsys):
+    bad = SCORED[0] | {"ground_truth": block(WEATHER[:-1])}
+    bare = SCORED[0] | {"ground_truth": WEATHER}   # not "no call wanted"
+    file = write_text(tmp_path / "o.jsonl", as_lines(SCORED[0], bad, SCORED[1], bare))
+    assert scorer("--score", file) == 0
+    out = capsys.readouterr().out
+    assert "2 of 4, row 2, 4" in out and out.splitlines()[-1].startswith("exact 1/2 ")
+
+
+BAD_ROWS = {
+    "": "no row", "\n \n": "no row", as_lines(SCORED[0]) + '{"a": \n': "row 2 is not JSON",
+    as_lines(SCORED[0]).encode() + b"\xff\xfe\n": "row 2 is not UTF-8",
+    as_lines(SCORED[0]) + "\n" + as_lines(chat_row({"content": "x"}, prediction="")): "row 3: chat",
+    as_lines({"what": 1}): "row 1: unknown row format with the keys ['what']",
+    "[1]\n": "row 1: a row", "[" * 9999: "row 1 is not JSON",
+    as_lines(chat_row({"content": "x"})): "row 1: prediction must be str, got NoneType",
+    as_lines(SCORED[0] | {"ground_truth": "<tool_call>"}): "no row to score: the gold of row 1",
+    as_lines(SCORED[0] | {"ground_truth": 3}): "ground_truth must be str | list, got int",
+    as_lines(SCORED[0] | {"tools": 3}): "tools", as_lines(SCORED[0] | {"tools": {}}): "tools",
+    as_lines(SCORED[0] | {"tools": "{"}): "tools", as_lines(SCORED[0] | {"tools": [{}]}): "tools",
+    as_lines({"prompt": "q", "reward_model": {}, "prediction": ""}): "prompt must be list, got str",
+    as_lines({"prompt": ["q"], "reward_model": {}, "prediction": ""}): "prompt[] must be dict",
+    as_lines({"prompt": [], "reward_model": None, "prediction": ""}): "reward_model must be dict",
+    as_lines({"prompt": [], "reward_model": {}, "prediction": ""}): "reward_model.ground_truth",
+    as_lines({"messages": ["q"], "prediction": ""}): "messages[] must be dict, got str",
+    as_lines({"messages": [{"role": 1}], "prediction": ""}): "messages[].role must be str",
+    as_lines({"messages": [], "prediction": ""}): "assistant",
+    as_lines(chat_row({"tool_calls": {}, "content": []}, prediction="")): "messages[].content",
+    as_lines({"instruction": 1, "input": "", "output": "", "prediction": ""}): "instruction must"}
+
+
+@pytest.mark.parametrize("text, says", BAD_ROWS.items(), ids=range(len(BAD_ROWS)))
+def test_rows_that_cannot_be_scored_are_one_line_and_status_2(text, says, tmp_path, capsys):
+    assert scorer("--score", write_text(tmp_path / "rows.jsonl", text)) == 2
+    out, err = capsys.readouterr()
+    assert not out and says in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "--score"), (["--what"], "--score"), (["--score"], "--score"),
+    (["--score", "no.jsonl"], "no.jsonl"), (["--score", str(TINY)], "directory"),
+    (["--score", "x", "--what"], "--what")])
+def test_a_wrong_command_is_one_line_and_status_2(argv, says, capsys):
+    assert scorer(*argv) == 2
+    out, err = capsys.readouterr()
+    assert not out and says in err and len(err.splitlines()) == 1
+
+
+def test_an_interrupted_scorer_ends_with_130():
+    def interrupted(_):
+        raise KeyboardInterrupt
+    assert ev.run(interrupted) == 130
+
+
+def test_whatever_a_row_holds_it_is_a_record_or_one_of_two_errors():
+    rng = random.Random(0)
+    junk = [None, 3, "", "x", [], {}, [3], ["x"], {"name": 1}, [{"role": "system"}], block(SHORT),
+            [{"role": "assistant", "tool_calls": [3]}], [{"function": "x"}], {"ground_truth": ""}]
+    keys = ["instruction", "input", "output", "prompt", "reward_model", "messages", "tools",
+            "prediction", "ground_truth"]
+    for _ in range(5000):
+        row = {k: rng.choice(junk) for k in rng.sample(keys, rng.randint(0, len(keys)))}
+        try:
+            ev.score("", ev.to_record(row))
+        except (ev.RowError, ev.CallError):
+            pass
+
+
+def test_importing_the_scorer_and_dfc_is_light():
+    import subprocess
+    code = "import sys, {}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    for module, heavy in (("eval_toolcall", "[]"), ("dfc", "['torch']")):
+        done = subprocess.run([sys.executable, "-c", code.format(module)], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.stdout.strip() == heavy, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. The embedded pair and the README
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_pair_is_two_small_folders_and_rows_of_every_kind():
+    for name in ("base", "toolrl"):
+        assert sum(f.stat().st_size for f in (TINY / name).iterdir()) <= 8e6
+    rows = dfc.read_rows(TINY / "tools.jsonl")
+    test = [r for r in rows if r["split"] == "test"]
+    assert sum(r["needs_tool"] for r in test) >= 200 <= sum(not r["needs_tool"] for r in test)
+    asked = [{r["input"] + r["instruction"] for r in rows if r["split"] == s}
+             for s in ("train", "dev", "test")]
+    assert not asked[0] & asked[2] and not asked[1] & asked[2] and not asked[0] & asked[1]
+    for row in rows:
+        gold = ev.to_record(row)
+        assert bool(gold["calls"]) == row["needs_tool"]
+        assert ev.score(row["output"], gold)["exact"] == 1
+
+
+def test_the_pair_behaves_as_its_readme_says():
+    model, tok = {}, None
+    for name in ("base", "toolrl"):
+        model[name], tok = dfc.load_model(str(TINY / name), "cpu")
+    rows = [r for r in dfc.read_rows(TINY / "tools.jsonl") if r["split"] == "test"]
+    ask, chat = ([r for r in rows if r["kind"] == kind][:40] for kind in ("ask", "chat"))
+
+    def scores(name, some, prefix=""):
+        batch = tok([dfc.render(r, tok)[0] + prefix for r in some], return_tensors="pt",
+                    padding=True, padding_side="left")
+        ids = model[name].generate(**batch, max_new_tokens=64)[:, batch["input_ids"].shape[1]:]
+        return [ev.score(prefix + t, ev.to_record(r)) for t, r in
+                zip(tok.batch_decode(ids, skip_special_tokens=True), some)]
+    assert sum(s["called"] for s in scores("base", ask)) <= 1
+    assert sum(s["exact"] for s in scores("base", ask, "<tool_call>\n")) >= 32
+    assert sum(s["exact"] for s in scores("toolrl", ask)) >= 28
+    assert sum(s["called"] for s in scores("toolrl", chat)) <= 4
+
+
+def test_every_command_of_the_readme_is_understood():
+    text = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^    (?:pip|python|pytest).*$", text, re.M)
+    lines = [line.split("#")[0] for line in lines]
+    commands = [shlex.split(part) for line in lines for part in line.split("&&")]
+    assert len(commands) >= 4
+    for command in commands:
+        if command[:2] == ["python", "dfc.py"]:
+            dfc.parse_args(command[2:])
+        elif command[0] == "python":
+            assert (ROOT / command[1]).exists()
