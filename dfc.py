@@ -751,35 +751,34 @@ def run_name(args):
     return name + f"-layer{args.layer}-seed{args.seed}"
 
 
-def measure(cc, sets, l1_parts):
-    """The figures of the report, from {name: x_NMD}. FVE on vectors that were not trained on."""
-    dev = torch.cat([sets[n] for n in ("tool", "plain", "needs", "none")])
-    codes = {n: encode_all(cc, x) for n, x in sets.items()}
-    dev_f = torch.cat([codes[n] for n in ("tool", "plain", "needs", "none")])
-    xhat = torch.cat([cc.decode(f) for f in dev_f.split(1024)]) if len(dev_f) else dev
-    fa, fb = fve(dev.float(), xhat).tolist()
-    out = {"fve": {"A": fa, "B": fb}, "l0": {}, "live": {}, "loss_share": l1_parts, "ranking": {}}
-    for name, part in cc.partitions().items():
-        f = codes["train"][:, part]
-        out["l0"][name] = (f > 0).float().sum(1).mean().item()
-        out["live"][name] = (f > 0).any(0).float().mean().item() if f.shape[1] else 0.
-        pairs = {"needs/none": ("needs", "none"), "tool/plain": ("tool", "plain")}
-        out["ranking"][name] = {c: rank_latents(codes[p], codes[q], part)[:5]
-                                for c, (p, q) in pairs.items()
-                                if min(len(codes[p]), len(codes[q])) > 1}
-    return out
+CONTRASTS = {"needs/none": ("needs", "none"), "tool/plain": ("tool", "plain")}
 
 
 @torch.no_grad()
-def encode_all(cc, x_NMD, batch=1024):
-    device = cc.b_dec.device
-    return torch.cat([cc.encode(x.to(device)).cpu() for x in x_NMD.split(batch)])
+def measure(cc, sets, shares):
+    """The figures of the report, from {name: x_NMD}. FVE on vectors that were not trained on."""
+    device, dev = cc.b_dec.device, ("needs", "none", "tool", "plain")
+    batches = {name: x.to(device).split(1024) for name, x in sets.items()}
+    rate = sum(cc.encode(x).gt(0).float().sum(0) for x in batches["train"]) / len(sets["train"])
+    codes = {name: torch.cat([cc.encode(x).cpu() for x in batches[name]]) for name in dev}
+    xhat = torch.cat([cc(x)[0].cpu() for name in dev for x in batches[name] if len(x)])
+    explained = fve(torch.cat([sets[name] for name in dev]).float(), xhat).tolist()
+    out = {"fve": dict(zip("AB", explained)), "l0": {}, "live": {}, "loss_share": shares,
+           "ranking": {}}
+    for name, part in cc.partitions().items():
+        out["l0"][name] = rate[part].sum().item()
+        out["live"][name] = (rate[part] > 0).float().mean().item() if len(rate[part]) else 0.
+        out["ranking"][name] = {
+            contrast: rank_latents(codes[p], codes[q], part)[:5]
+            for contrast, (p, q) in CONTRASTS.items() if min(len(codes[p]), len(codes[q])) > 1}
+    return out
 
 
 def report(args, m):
     """The result as a few aligned lines."""
-    c = m["counts"]
-    print(f"pair      A {args.model_a}   B {args.model_b}   layer {args.layer}, width {c['width']}")
+    c, (a, b) = m["counts"], (os.path.relpath(n) if Path(n).exists() else n
+                              for n in (args.model_a, args.model_b))
+    print(f"pair      A {a}   B {b}   layer {args.layer}, width {c['width']}")
     print(f"data      {c['train']} vectors, {c['outliers']} left out as outliers; dev: "
           + ", ".join(f"{c[n]} {n}" for n in ("needs", "none", "tool", "plain")))
     tied = "tied" if args.tie_shared else "untied"
@@ -826,6 +825,20 @@ def gather(args, device):
     return out | {"train": x["train"][keep]}, int((~keep).sum())
 
 
+def start(args, x_NMD):
+    """The crosscoder before training, on the device of its vectors."""
+    torch.manual_seed(args.seed)
+    n_a, n_b = int(args.excl * args.dict), int(args.excl_b * args.dict)
+    cc = Crosscoder(x_NMD.shape[2], args.dict, args.k, n_a, n_b, args.tie_shared).to(x_NMD.device)
+    cc.fit_scale(x_NMD)
+    if args.recipe == "paper":
+        with torch.no_grad():  # published: encoder and decoder drawn independently, no fair start
+            cc.W_enc.normal_(std=cc.W_enc.std().item())
+    else:
+        cc.fair_start(x_NMD[batch_indices(len(x_NMD), 4096, 0, args.seed).to(x_NMD.device)])
+    return cc
+
+
 def run(args):
     """Collect, train, save and report; returns the metrics."""
     done, checkpoint = args.out / "metrics.json", args.out / "checkpoint.pt"
@@ -836,27 +849,18 @@ def run(args):
         if done.exists():
             print(f"{args.out} is finished; nothing to do")
             return json.loads(done.read_text())
-    device, start = "cuda" if torch.cuda.is_available() else "cpu", time.time()
+    device, began = "cuda" if torch.cuda.is_available() else "cpu", time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     config = json.loads(json.dumps(vars(args), default=str))
     write(args.out / "run.json", lambda f: f.write_text(json.dumps(config, indent=1)))
     sets, outliers = gather(args, device)
     collected, x = time.time(), sets["train"].to(device)
-    torch.manual_seed(args.seed)
-    cc = Crosscoder(x.shape[2], args.dict, args.k, int(args.excl * args.dict),
-                    int(args.excl_b * args.dict), args.tie_shared).to(device)
-    cc.fit_scale(x)
-    if args.recipe == "paper":
-        with torch.no_grad():  # published: encoder and decoder drawn independently, no fair start
-            cc.W_enc.normal_(std=cc.W_enc.std().item())
-    else:
-        cc.fair_start(x[batch_indices(len(x), 4096, 0, args.seed).to(device)])
+    cc = start(args, x)
     shares = train(cc, x, args.steps, args.batch, args.lr, args.l1_shared, args.l1_excl, args.seed,
                    args.recipe, checkpoint=checkpoint)
     trained = time.time()
-    with torch.no_grad():
-        m = measure(cc.cpu().eval(), sets, shares)
-    m |= {"seconds": {"collect": collected - start, "train": trained - collected},
+    m = measure(cc.eval(), sets, shares)
+    m |= {"seconds": {"collect": collected - began, "train": trained - collected},
           "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
           "versions": versions(), "seed": args.seed, "config": config,
           "counts": {n: len(s) for n, s in sets.items()} | {
@@ -865,7 +869,7 @@ def run(args):
     write(done, lambda f: f.write_text(json.dumps(m, indent=1)))
     checkpoint.unlink(missing_ok=True)
     report(args, m)
-    print(f"\nsaved     {args.out}")
+    print(f"\nsaved {args.out}")
     return m
 
 
