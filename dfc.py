@@ -525,7 +525,7 @@ def paired(name_a, name_b, texts, layer, positions, cache, device):
     except OSError as e:
         shutil.rmtree(part, ignore_errors=True)
         if not home.exists():  # else another run was faster
-            raise Problem(f"cannot keep activations in {cache} ({e.strerror}): free space, or give "
+            raise Problem(f"cannot keep activations in {cache} ({e.strerror or e}): free space, or give "
                           f"--out on another disk") from None
     return x_NMD
 

@@ -886,7 +886,7 @@ def test_every_command_of_the_readme_is_understood():
 
 
 def test_the_default_preset_finds_a_latent_whose_removal_stops_the_calls(tmp_path):
-    """The claim of the README at a smaller size: chosen on dev, taken away at the last token on test."""
+    """The README's claim at a smaller size: chosen on dev, taken away at the last token on test."""
     assert call("--n-texts", "1500", "--out", tmp_path / "run") == 0
     best = json.loads((tmp_path / "run" / "metrics.json").read_text())["ranking"]["a_excl"]
     best = best["needs/none"][0]

@@ -8,7 +8,12 @@ have a direction in A only, some in B only, the rest in both (the toy world of a
 
 The directions of shared concepts are unit vectors, the same in both models up to a small turn.
 
-    python extras/toy.py            # tied, untied and plain, 3 seeds each: under 60 s on 2 cores
+    python extras/toy.py            # 4 crosscoders, 3 seeds each: about half a minute on 2 cores
+
+Measured (recall of A-only / B-only concepts, mean over 3 seeds): tied .83 / .88, untied 1.00 / .50,
+published recipe .79 / .38, plain 1.00 / 1.00. So where concepts are independent and every one has a
+latent to itself, the plain crosscoder needs no partition; a partition of the right size misplaces
+a few, and which seed it is matters more than tying.
 
 A concept is recovered when some latent's decoder row has cosine > 0.8 with it. Printed, as mean and
 range over seeds: recall of A-only and B-only concepts among the latents that are exclusive to their
@@ -26,7 +31,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def plant(n_concepts=96, n_only=8, d_model=64, n_vectors=20_000, active=4, turn=.1, noise=.02,
+def plant(n_concepts=64, n_only=8, d_model=48, n_vectors=20_000, active=4, turn=.1, noise=.02,
           seed=0):
     """x_NMD and the true directions d_CMD (zero rows where a model lacks the concept).
 
@@ -45,7 +50,7 @@ def plant(n_concepts=96, n_only=8, d_model=64, n_vectors=20_000, active=4, turn=
     return x_NMD + noise * torch.randn(x_NMD.shape, generator=g), d_CMD
 
 
-def fit(x_NMD, share=.125, share_b=None, tied=False, n_latents=128, k=4, steps=1500, seed=0,
+def fit(x_NMD, share=.1, share_b=None, tied=False, n_latents=96, k=4, steps=1200, seed=0,
         recipe="dfc"):
     """A crosscoder on planted vectors, trained as dfc.py trains."""
     from dfc import Crosscoder, train
@@ -55,7 +60,7 @@ def fit(x_NMD, share=.125, share_b=None, tied=False, n_latents=128, k=4, steps=1
     cc.fit_scale(x_NMD)
     if recipe != "paper":
         cc.fair_start(x_NMD[:4096])
-    train(cc, x_NMD, steps, batch=512, lr=3e-3, l1_shared=1e-4, l1_excl=1e-4, seed=seed,
+    train(cc, x_NMD, steps, batch=256, lr=2e-2, l1_shared=1e-4, l1_excl=1e-4, seed=seed,
           recipe=recipe)
     return cc.eval()
 
