@@ -472,18 +472,10 @@ def make_world(seed):
     write_rows(HERE / "text.jsonl", [{"text": t, "split": split_of(t)} for t in texts])
 
 
-def wilson(hits, n, z=1.96):
-    """95 % interval of a proportion, in percent."""
-    p, d = hits / n, 1 + z * z / n
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** .5
-    low, high = ((p + z * z / (2 * n) + side * half) / d for side in (-1, 1))
-    return 100 * max(0., low), 100 * min(1., high)
-
-
 def measure(tok):
     """Both models on every kind of test row, greedy; the base also forced to begin with a call."""
     from transformers import AutoModelForCausalLM
-    from eval_toolcall import score, to_record
+    from eval_toolcall import score, to_record, wilson
     rows = [json.loads(line) for line in open(HERE / "tools.jsonl", encoding="utf-8")]
     rows = [row for row in rows if row["split"] == "test"]
     print("| model | kind of row | n | exact % (95 %) | calls % (95 %) |\n|---|---|---|---|---|")
@@ -496,9 +488,8 @@ def measure(tok):
             scores = [score(t, to_record(r)) for t, r in zip(texts, some)]
             cells = []
             for key in ("exact", "called"):
-                hits = sum(s[key] for s in scores)
-                low, high = wilson(hits, len(some))
-                cells.append(f"{100 * hits / len(some):.0f} ({low:.0f}-{high:.0f})")
+                share = wilson(sum(s[key] for s in scores), len(some))
+                cells.append("{pct:.0f} ({lo:.0f}-{hi:.0f})".format(**share))
             label = name + ", forced" * bool(prefix)
             print(f"| {label} | {kind} | {len(some)} | {' | '.join(cells)} |")
 
