@@ -252,8 +252,12 @@ def resolve(name):
     files = ["*.json", "*.safetensors", "*.txt", "*.jinja", "model.pt"]
     try:
         HfApi().model_info(name, timeout=20)  # the download itself would wait for minutes
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as e:  # the hub's client raises some twenty kinds; all mean the same here
+        offline = False
+    except Exception:  # the hub's client raises some twenty kinds; all mean the same here
+        offline = True  # what was downloaded before still serves
+    try:
+        return Path(snapshot_download(name, allow_patterns=files, local_files_only=offline))
+    except Exception as e:
         raise Problem(f"cannot get {name} from the hub ({type(e).__name__}): check name and "
                       f"network, or download it elsewhere and give its folder") from None
 
@@ -377,21 +381,21 @@ def read_rows(name, limit=None):
         if path.exists() or path.suffix in (".jsonl", ".txt") or name.count("/") != 1:
             raise Problem(f"no text file {name}: give a .jsonl, a .txt or a hub dataset owner/name")
         return _hub_rows(name, limit)
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (UnicodeDecodeError, OSError) as e:
-        raise Problem(f"{name} is not readable UTF-8 text ({e})") from None
     if path.suffix != ".jsonl":
-        return [{"text": line} for line in lines[:limit]]
-    rows = []
-    for number, line in enumerate(lines[:limit], 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            raise Problem(f"{name}, row {number} is not JSON: {e}") from None
-        if not isinstance(rows[-1], dict):
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (UnicodeDecodeError, OSError) as e:
+            raise Problem(f"{name} is not readable UTF-8 text ({e})") from None
+        return [{"text": line} for line in lines if line.strip()][:limit]
+    from eval_toolcall import RowError, read_jsonl
+    try:
+        rows = read_jsonl(name)[:limit]
+    except RowError as e:
+        raise Problem(f"{name}, {e}") from None
+    for number, row in rows:
+        if not isinstance(row, dict):
             raise Problem(f"{name}, row {number} is not a JSON object")
-    return rows
+    return [row for _, row in rows]
 
 
 def _hub_rows(name, limit):

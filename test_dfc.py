@@ -263,6 +263,36 @@ def test_chunks_end_at_sentence_ends_and_lose_nothing_before_them():
     assert all(25 <= len(p) < 60 for p in pieces)
 
 
+def test_a_row_may_hold_any_line_separator_but_the_newline(tmp_path):
+    rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    assert dfc.read_rows(str(tmp_path / "rows.jsonl")) == rows
+    assert dfc.read_rows(str(tmp_path / "rows.jsonl"), 1) == rows[:1]
+
+
+def test_a_model_downloaded_before_loads_without_a_network(tmp_path, monkeypatch):
+    import huggingface_hub as hub
+
+    def unreachable(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, local_files_only, **_:
+                        tmp_path if local_files_only else unreachable())
+    assert dfc.resolve("owner/name") == tmp_path
+
+
+def test_what_the_template_opened_is_not_said_twice():
+    class Opening:
+        chat_template = "any"
+
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            return "assistant\n<think>"
+    row = {"instruction": "", "input": "", "output": "<think> t </think>\n<response> r </response>"}
+    prompt, gold, wanted = dfc.render(row, Opening())
+    assert (prompt + gold).count("<think>") == 1 and not wanted
+
+
 def test_a_split_is_made_once_and_covers_every_row():
     rows = [{"text": str(i)} for i in range(2000)]
     counts = [sum(dfc.split_of(r) == s for r in rows) for s in ("train", "dev", "test")]
@@ -494,6 +524,12 @@ def test_the_recipe_paper_trains(tmp_path):
     assert call(*QUICK, "--recipe", "paper", "--out", tmp_path / "p") == 0
     m = json.loads((tmp_path / "p" / "metrics.json").read_text())
     assert m["loss_share"]["aux"] == 0 and m["counts"]["n_b"] == 6
+
+
+def test_all_positions_and_two_separate_autoencoders_train(tmp_path):
+    assert call(*QUICK, "--positions", "all", "--excl", ".5", "--out", tmp_path / "all") == 0
+    m = json.loads((tmp_path / "all" / "metrics.json").read_text())
+    assert m["counts"]["train"] > 10 * 240 and m["counts"]["n_a"] == m["counts"]["n_b"] == 32
 
 
 def test_the_same_model_twice_is_a_valid_pair(tmp_path):
