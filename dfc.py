@@ -433,17 +433,13 @@ def chunks(text, tokenizer, size=30):
 
 def render(row, tokenizer):
     """(prompt up to the assistant's turn, gold text, whether a call is wanted) of a tool row."""
-    from eval_toolcall import to_record
+    from eval_toolcall import opened, prompt_of, to_record
     try:
         record = to_record(row)
+        prompt, _ = prompt_of(record, tokenizer)
     except ValueError as e:  # RowError and CallError
         raise Problem(f"a tool row cannot be used: {e}") from None
-    if tokenizer.chat_template is None:
-        raise Problem("this tokenizer has no chat template: tool rows cannot be rendered with it")
-    prompt = tokenizer.apply_chat_template(record["messages"], tokenize=False,
-                                           add_generation_prompt=True)
-    opened = prompt.rsplit("\n", 1)[-1]  # what the template has begun to say for the assistant
-    return prompt, (record["gold"] or "").removeprefix(opened), bool(record["calls"])
+    return prompt, (record["gold"] or "").removeprefix(opened(prompt)), bool(record["calls"])
 
 
 def tool_texts(rows, tokenizer, n, recipe, rng):
@@ -813,23 +809,25 @@ def versions():
             "transformers": transformers.__version__}
 
 
-def gather(args, device):
-    """Texts, then both models' vectors for them -> {set: x_NMD}; outliers taken from "train"."""
+def gather(args, device, train=True):
+    """Texts, then both models' vectors for them -> ({set: x_NMD}, outliers taken out of "train");
+    train False: the dev sets alone."""
     from transformers import AutoTokenizer
     tool = read_rows(args.tool_texts)
     plain = read_rows(args.plain_texts, 2 * args.n_texts)
     tokenizer = load_part(AutoTokenizer, args.model_a)
     sets = corpus(tool, plain, tokenizer, args.n_texts, args.recipe, args.seed)
-    cache = args.out.parent / "cache"
-    where = {"train": args.positions, "dev": "last"}
-    dev_texts = [t for name, texts in sets.items() if name != "train" for t in texts]
-    x = {name: paired(args.model_a, args.model_b, texts, args.layer, where[name], cache, device)
-         for name, texts in (("train", sets["train"]), ("dev", dev_texts))}
-    sizes = [len(texts) for name, texts in sets.items() if name != "train"]
-    out = dict(zip([n for n in sets if n != "train"], x["dev"].split(sizes)))
-    norms = x["train"].float().norm(dim=2)
+    train_texts = sets.pop("train")
+    wanted = [([t for texts in sets.values() for t in texts], "last")]
+    wanted += [(train_texts, args.positions)] * train
+    x = [paired(args.model_a, args.model_b, texts, args.layer, where, args.out.parent / "cache",
+                device) for texts, where in wanted]
+    out = dict(zip(sets, x[0].split([len(texts) for texts in sets.values()])))
+    if not train:
+        return out, 0
+    norms = x[1].float().norm(dim=2)
     keep = (norms <= 10 * norms.median(0).values).all(1)  # attention sinks: a few huge vectors
-    return out | {"train": x["train"][keep]}, int((~keep).sum())
+    return out | {"train": x[1][keep]}, int((~keep).sum())
 
 
 def start(args, x_NMD):

@@ -1,7 +1,13 @@
 """Score tool calls so that the number means something.
 
+    python eval_toolcall.py                          # the newest run of dfc.py: a good minute
+    python eval_toolcall.py runs/a runs/b --show 3   # several at once; print three rows as well
     python eval_toolcall.py --score outputs.jsonl    # rows {prediction, ground_truth[, tools]}
     ... | python eval_toolcall.py --score -          # the same from standard input; no torch needed
+
+Evaluated is what a crosscoder keeps of tool use: A and its base B answer the test rows, clean, then
+with their activation at the prompt's last token replaced by the crosscoder's reconstruction, its
+parts, and controls. Every answer goes to eval.jsonl in the run folder, the totals to metrics.json.
 
 One real row and its verdict (the tools are get_weather, get_time, get_weather_alerts):
 
@@ -26,10 +32,14 @@ Scores, each a pure function of text:
 """
 
 import argparse
+import contextlib
+import copy
 import json
 import random
 import re
 import sys
+import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -50,6 +60,10 @@ class RowError(ValueError):
     """Rows that cannot be read; the message names the row or the field. Ends the program."""
 
 
+class TooLong(ValueError):
+    """A row whose prompt does not fit, however much of its dialogue is cut. It is left out."""
+
+
 def format_of(row):
     """The name of a row's format. Raises RowError."""
     check(row, {}, "a row")
@@ -57,6 +71,12 @@ def format_of(row):
         if shape.keys() <= row.keys():
             return name
     raise RowError(f"unknown row format with the keys {sorted(row)}")
+
+
+def one_format(row, first):
+    """RowError if two rows are of two formats."""
+    if format_of(row) != format_of(first):
+        raise RowError(f"{format_of(row)} format, but {format_of(first)} before")
 
 
 def check(value, shape, name=""):
@@ -285,7 +305,7 @@ def score(output, record):
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. Totals, chance, and the program
+# 4. Totals, chance, and scoring a file
 # ---------------------------------------------------------------------------------------------
 
 MEANS = ("toolrl", "toolrl_correctness", "paper_overall")  # what is no share
@@ -363,8 +383,7 @@ def score_rows(rows):
     scored, unread = [], {}
     for number, row in rows:
         try:
-            if format_of(row) != format_of(rows[0][1]):
-                raise RowError(f"{format_of(row)} format, but {format_of(rows[0][1])} before")
+            one_format(row, rows[0][1])
             check(row, {"prediction": str})
             record = to_record(row)
             scored.append((score(row["prediction"], record), record))
@@ -378,29 +397,553 @@ def score_rows(rows):
     return scored, unread
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(prog="eval_toolcall.py", description="Score tool calls.")
-    p.print_usage = lambda *_: None  # an error is one line
-    p.add_argument("--score", metavar="FILE", required=True,
-                   help="JSONL rows with a prediction and a gold; - reads standard input")
-    scored, unread = score_rows(read_jsonl(p.parse_args(argv).score))
+def say_unread(unread, n):
     if unread:
-        print(f"left out, the gold does not parse: {len(unread)} of {len(scored) + len(unread)}, "
-              f"row {', '.join(map(str, unread))} ({next(iter(unread.values()))})\n")
+        print(f"left out, prompt or gold cannot be used: {len(unread)} of {n}, row "
+              f"{', '.join(map(str, unread))} ({next(iter(unread.values()))})\n")
+
+
+def score_file(name):
+    """The job of --score."""
+    scored, unread = score_rows(read_jsonl(name))
+    say_unread(unread, len(scored) + len(unread))
     scores, records = zip(*scored)
     print_table(totals(scores, records), chance(records))
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. Generate: greedy, batched, patched at the prompt's last token
+# ---------------------------------------------------------------------------------------------
+
+
+def prompt_of(record, tokenizer, style="chat", limit=None):
+    """(prompt, tokens cut) of a record. "chat": system and user through the tokenizer's chat
+    template, up to the assistant's turn (how ToolRL trains and tests); "paper": the system text
+    alone, raw (what the published figures used: it does not hold the question).
+    Above `limit` tokens the dialogue loses its beginning, the system text with the tools stays.
+    Raises RowError where there is no template, and TooLong where cutting cannot help."""
+    if style == "chat" and tokenizer.chat_template is None:
+        raise RowError("this tokenizer has no chat template (--prompt paper needs none)")
+    if not record["messages"]:
+        raise RowError("a row without messages has no prompt")
+    turns, cut = [t | {"content": t.get("content") or ""} for t in record["messages"]], 0
+
+    def tokens(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def render():
+        if style == "paper":
+            return "\n".join(t["content"] for t in turns if t["role"] == "system")
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as e:  # the template's own words, for instance on a role it does not know
+            raise RowError(f"the chat template refuses it: {str(e)[:100]}") from None
+    prompt = render()
+    for turn in [t for t in turns if limit is not None and t["role"] != "system"]:
+        while turn["content"] and (over := len(tokens(prompt)) - limit) > 0:
+            ids = tokens(turn["content"])  # a character cut in two becomes \ufffd
+            turn["content"] = tokenizer.decode(ids[over:]).lstrip("\ufffd")
+            prompt, cut = render(), cut + len(ids[:over])
+    if not prompt.strip():
+        raise RowError("its prompt is empty")
+    if limit is not None and len(tokens(prompt)) > limit:
+        raise TooLong(f"its system text alone has more than {limit} tokens")
+    return prompt, cut
+
+
+@contextlib.contextmanager
+def patch(model, layer, edit, positions="last"):
+    """While it lasts, the output of block `layer` is edit(h), h of shape (rows, tokens, D): at the
+    last prompt token, once, in the first pass ("last": prompts padded on the left); or at every
+    token of every pass ("all"). Gone afterwards, also after an exception. (Paper section 4.)"""
+    import torch
+    from dfc import blocks
+    passes = []
+
+    def hook(_, __, out):
+        h = out[0] if isinstance(out, tuple) else out
+        if positions == "last" and passes:
+            return None
+        passes.append(1)
+        h = edit(h) if positions == "all" else torch.cat([h[:, :-1], edit(h[:, -1:])], 1)
+        return (h, *out[1:]) if isinstance(out, tuple) else h
+    handle = blocks(model)[layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def end_tokens(model, tokenizer):
+    """Ids that end an answer: the model's own, and the turn's end in common chat templates, which
+    a base model's configuration does not name."""
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    vocabulary = tokenizer.get_vocab()
+    common = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>")
+    return sorted(ends | {vocabulary[t] for t in common if t in vocabulary})
+
+
+def prefill(model, tokenizer, prompts, batch_tokens=8192, share=True):
+    """Batches of prompts of like length, padded on the left: [(rows, ids, mask, cache)]. The cache
+    holds keys and values of every token but the last: a patch there does not change them, so they
+    are computed once for all answers. share False: no cache, for patches at every token."""
+    import torch
+    from transformers import DynamicCache
+    from dfc import cut_batches
+    lists = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    order, out = sorted(range(len(lists)), key=lambda i: len(lists[i])), []
+    for rows in cut_batches(order, lists, batch_tokens):
+        width, cache = len(lists[rows[-1]]), None
+        ids = torch.tensor([[0] * (width - len(lists[i])) + lists[i] for i in rows])
+        mask = torch.tensor([[0] * (width - len(lists[i])) + [1] * len(lists[i]) for i in rows])
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        if share and width > 1:
+            cache, places = DynamicCache(config=model.config), mask.cumsum(1) - 1
+            with torch.no_grad():
+                model.base_model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1],
+                                 position_ids=places.clamp(min=0)[:, :-1], past_key_values=cache)
+        out.append((rows, ids, mask, cache))
+    return out
+
+
+def with_room(cache, copies, room):
+    """A cache with each prompt's keys and values `copies` times and room for more tokens. The
+    library's own grows by torch.cat, which copies all of it at every token: on a CPU that took
+    three quarters of the time."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    class Roomy(DynamicLayer):
+        def __init__(self, full):
+            super().__init__()
+            self.lazy_initialization(full.keys, full.values)
+            self.rooms = [torch.nn.functional.pad(t.repeat_interleave(copies, 0), (0, 0, 0, room))
+                          for t in (full.keys, full.values)]
+            self.keys, self.values = (r[..., :full.keys.shape[-2], :] for r in self.rooms)
+
+        def update(self, keys, values, *_, **__):
+            start, end = self.keys.shape[-2], self.keys.shape[-2] + keys.shape[-2]
+            for buffer, new in zip(self.rooms, (keys, values)):
+                buffer[..., start:end, :] = new
+            self.keys, self.values = (r[..., :end, :] for r in self.rooms)
+            return self.keys, self.values
+
+    cache = copy.deepcopy(cache)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = Roomy(layer)
+        else:
+            layer.batch_repeat_interleave(copies)
+    return cache
+
+
+def answer(model, tokenizer, batch, max_new, copies=1):
+    """Greedy answers to one batch of prefill(), `copies` of each prompt side by side."""
+    rows, ids, mask, cache = batch
+    ids, mask = (t.repeat_interleave(copies, 0) for t in (ids, mask))
+    cache = with_room(cache, copies, max_new + 1) if cache is not None else None
+    ends = end_tokens(model, tokenizer)
+    out = model.generate(  # all spelled out: a model's own file may ask for sampling or penalties
+        input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new,
+        do_sample=False, num_beams=1, repetition_penalty=1., temperature=1., top_p=1., top_k=50,
+        eos_token_id=ends, pad_token_id=ends[0])
+    return tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+
+
+def generate(model, tokenizer, batches, max_new=64, layer=None, vectors_VND=None, add=False,
+             positions="last", at_once=32_768):
+    """Greedy answers to the prompts of prefill() -> [V][N] texts.
+
+    Each prompt is answered V times, with vectors_VND[v, n] in place of (add: added to) the output
+    of block `layer` at its last token (positions: see patch); without vectors once, clean. at_once
+    bounds the tokens in flight. Needs: answer, patch, replace, end_tokens."""
+    versions = 1 if vectors_VND is None else len(vectors_VND)
+    out = [[None] * sum(len(rows) for rows, *_ in batches) for _ in range(versions)]
+    for batch in batches:
+        rows, step = batch[0], max(1, at_once // batch[1].numel())
+        for first in range(0, versions, step):
+            some = range(first, min(first + step, versions))
+            around = contextlib.nullcontext()
+            if vectors_VND is not None:
+                v_RD = vectors_VND[first:some.stop, rows].transpose(0, 1).flatten(0, 1)
+                around = patch(model, layer, replace(v_RD, add), positions)
+            with around:
+                texts = answer(model, tokenizer, batch, max_new, len(some))
+            for i, text in enumerate(texts):
+                out[some[i % len(some)]][rows[i // len(some)]] = text
+    return out
+
+
+def replace(v_RD, add=False):
+    """An edit for patch(): vectors, one a row, in place of or added to what is there."""
+    return lambda h: v_RD[:, None].to(h) + h if add else v_RD[:, None].to(h)
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Reconstruction, and what it has to beat
+# ---------------------------------------------------------------------------------------------
+
+
+def reconstructions(cc, x_NMD, raw=False, seeds=3):
+    """{"A": {version: vectors_ND}, "B": ...}: what takes the place of each model's own activation.
+
+    The pair is encoded together. Into both: the activation itself (nothing may change), the
+    reconstruction, its parts (one partition's latents alone; b_dec alone), and the activation plus
+    noise as long as the reconstruction's error. Into B also the reconstruction when A's vector was
+    its mean or another prompt's: what is lost then had leaked in from A. raw: the published way,
+    with the mean and scale left out (see trap "lost normalisation" in the README)."""
+    import torch
+    out = {"A": {}, "B": {}}
+
+    def put(version, v_NMD, into=(0, 1)):
+        for m in into:
+            out["AB"[m]][version] = v_NMD[:, m]
+    with torch.no_grad():
+        x_NMD = x_NMD.float()
+        xhat_NMD, f_NL = cc(x_NMD)
+        put("own activation", x_NMD)
+        put("reconstruction", xhat_NMD)
+        if raw:
+            put("reconstruction, raw", unscaled(cc)(x_NMD)[0])
+        for name, part in cc.partitions().items():
+            kept_NL = torch.zeros_like(f_NL)
+            kept_NL[:, part] = f_NL[:, part]
+            writes = [m for m in (0, 1) if cc.dec_mask[part, m].any()]
+            put(f"{NAMES[name]} alone", cc.decode(kept_NL), writes)
+        put("b_dec alone", cc.decode(torch.zeros_like(f_NL)))
+        for seed in range(seeds):
+            rng = torch.Generator().manual_seed(seed)
+            e_NMD = torch.randn(x_NMD.shape, generator=rng).to(x_NMD)
+            size = (xhat_NMD - x_NMD).norm(dim=2) / e_NMD.norm(dim=2)
+            put(f"noise, seed {seed}", x_NMD + e_NMD * size[..., None])
+        a_ND, b_ND = x_NMD.unbind(1)
+        a_mean_ND = a_ND.mean(0).expand_as(a_ND)
+        for whose, other_ND in (("mean", a_mean_ND), ("another's", a_ND.roll(1, 0))):
+            put(f"recon., A {whose}", cc(torch.stack([other_ND, b_ND], 1))[0], [1])
+    return out
+
+
+def unscaled(cc):
+    """The same crosscoder as the published evaluation uses it: on raw vectors."""
+    cc = copy.deepcopy(cc)
+    cc.mean.zero_()
+    cc.scale.fill_(1)
+    return cc
+
+
+def paired(after, before, times=2000, seed=0):
+    """{pp, lo, hi, n}: mean difference of two scores of the same rows in percentage points, with a
+    95 % bootstrap interval over rows (percentile). None without rows. Needs: numpy."""
+    import numpy as np
+    difference = 100 * (np.asarray(after, float) - np.asarray(before, float))
+    if not len(difference):
+        return None
+    draws = np.random.default_rng(seed).integers(len(difference), size=(times, len(difference)))
+    low, high = np.percentile(difference[draws].mean(1), [2.5, 97.5])
+    return {"pp": float(difference.mean()), "lo": float(low), "hi": float(high),
+            "n": len(difference)}
+
+
+def summary(outputs, records):
+    """{model: {version: {totals, delta}}} and the scores, of {model: {version: texts}}. delta is
+    against clean on the rows that need a tool. Needs: score, totals, paired."""
+    scores = {model: {version: [score(t, r) for t, r in zip(texts, records, strict=True)]
+                      for version, texts in versions.items()}
+              for model, versions in outputs.items()}
+    needs = {"exact": [i for i, r in enumerate(records) if r["calls"]]}
+    needs["paper_tool"] = [i for i in needs["exact"] if records[i]["tools"]]
+    return scores, {model: {version: {
+        "totals": totals(rows, records),
+        "delta": {name: paired([rows[i][name] for i in some],
+                               [versions["clean"][i][name] for i in some])
+                  for name, some in needs.items()}}
+        for version, rows in versions.items()} for model, versions in scores.items()}
+
+
+def print_versions(result, chances, gold):
+    """One block a model, one line a version, and the chance lines; without gold no exact."""
+    def line(name, total, delta):
+        shown = f"{name:20s}"
+        for column, group in (("exact", "needs"), ("false_call", "none"), ("paper_tool", "needs")):
+            known = gold or column != "exact"
+            v, d = total.get(group, {}).get(column), delta.get(column)
+            shown += f"{v['pct']:8.1f}" if known and v else f"{'-':>8s}"
+            if column != "false_call":
+                change = f"{d['pp']:+.1f} [{d['lo']:+.1f}, {d['hi']:+.1f}]" if known and d else ""
+                shown += f"  {change:23s}"
+        print(shown.rstrip())
+    for model, versions in result.items():
+        n = {group: total["n"] for group, total in versions["clean"]["totals"].items()}
+        print(f"\ninto {model}: exact and paper_tool on {n.get('needs', 0)} rows that need a tool, "
+              f"false calls on {n.get('none', 0)} that do not\n"
+              f"{'exact %':>28s}  {'change, 95 %':23s} false %  tool %  change, 95 %")
+        for name, v in versions.items():
+            line(name, v["totals"], {} if name == "clean" else v["delta"])
+    print("\nchance" if chances else "")
+    for name, total in chances.items():
+        line(name, total, {})
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. The program: evaluate crosscoders
+# ---------------------------------------------------------------------------------------------
+
+NAMES = {"a_excl": "A-exclusive", "b_excl": "B-exclusive", "shared": "shared"}
+RUN = {"model_a": str, "model_b": str, "tool_texts": str, "layer": int, "recipe": str,
+       "preset": str}  # what is read of run.json
+MAX_NEW = {"tiny": 64, "paper": 512}  # tokens of an answer; the embedded pair's end by 50
+
+
+def newest(where="runs"):
+    """The run folder whose training ended last. Raises dfc.Problem."""
+    from dfc import Problem
+    done = [f.parent for f in Path(where).glob("*/model.safetensors")
+            if (f.parent / "metrics.json").exists()]
+    if not done:
+        raise Problem(f"no finished run in {where}: make one with python dfc.py")
+    return max(done, key=lambda f: (f / "model.safetensors").stat().st_mtime)
+
+
+def open_run(name, preset, device):
+    """(crosscoder, settings, folder of results) of a run of dfc.py; of a crosscoder alone with the
+    models and texts of a preset and the layer its own file names. Raises dfc.Problem."""
+    import dfc
+    if preset is None and not (Path(name) / "run.json").exists():
+        raise dfc.Problem(f"{name} is no run of dfc.py: a crosscoder alone needs --preset as well")
+    folder = dfc.resolve(str(name))
+    settings, results = read_json(folder / "run.json", RUN), folder
+    if settings and not (folder / "metrics.json").exists():
+        raise dfc.Problem(f"{folder} is half a run: finish it with dfc.py --resume")
+    if not settings:
+        own = read_json(folder / "config.json") | read_json(folder / "hparams.json")
+        settings = dfc.PRESETS[preset] | {"preset": preset, "recipe": own.get("recipe", "dfc")}
+        settings["layer"] = own.get("layer", settings["layer"])
+        results = Path("runs") / Path(name).absolute().name
+    return dfc.load(folder, device), settings, results
+
+
+def open_runs(names, preset, device):
+    """open_run() for all; they must be of one pair of models and texts."""
+    from dfc import Problem
+    runs = [open_run(name, preset, device) for name in names]
+    if len({(s["model_a"], s["model_b"], s["tool_texts"]) for _, s, _ in runs}) > 1:
+        raise Problem("these runs are of different models or texts: evaluate them apart")
+    return runs
+
+
+def load_both(runs, device):
+    """({"A": model, "B": model}, tokenizer) of open_runs(). Raises dfc.Problem."""
+    import dfc
+    settings = runs[0][1]
+    (a, tokenizer), (b, other) = (dfc.load_model(settings[m], device)
+                                  for m in ("model_a", "model_b"))
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise dfc.Problem(f"{settings['model_a']} and {settings['model_b']} differ in vocabulary")
+    for cc, _, folder in runs:
+        width, wanted = cc.b_dec.shape[1], a.config.get_text_config().hidden_size
+        if width != wanted:
+            raise dfc.Problem(f"{folder} is {width} wide, {settings['model_a']} {wanted}: they do "
+                              f"not belong together")
+    return {"A": a, "B": b}, tokenizer
+
+
+def read_test(settings, tokenizer, style="chat", most=None, limit=4096, split="test"):
+    """[(row, record, prompt)] of a split, prompts of at most 4,096 tokens or `limit`; what is left
+    out or cut is said. Raises dfc.Problem."""
+    import dfc
+    rows, kept, unread, cut = dfc.read_rows(settings["tool_texts"]), [], {}, []
+    limit = min(limit, 4096)
+    rows = [(n, row) for n, row in enumerate(rows, 1) if dfc.split_of(row) == split]
+    if most is not None and most < len(rows):
+        rows = sorted(random.Random(0).sample(rows, most), key=lambda r: r[0])
+    for number, row in rows:
+        try:
+            one_format(row, rows[0][1])
+            record = to_record(row)
+            prompt, lost = prompt_of(record, tokenizer, style, limit)
+            kept, cut = kept + [(row, record, prompt)], cut + [lost] * bool(lost)
+        except (CallError, TooLong) as e:
+            unread[number] = e
+        except RowError as e:
+            raise dfc.Problem(f"{settings['tool_texts']}, row {number}: {e}") from None
+    say_unread(unread, len(rows))
+    if cut:
+        print(f"{len(cut)} prompts longer than {limit} tokens: {sum(cut)} tokens cut from the "
+              f"left of their dialogues")
+    if not kept:
+        raise dfc.Problem(f"no {split} row of {settings['tool_texts']} can be scored")
+    return kept
+
+
+def opened(prompt):
+    """What the template has begun to say for the assistant: some open <think>."""
+    return "<think>" if prompt.rstrip().endswith("<think>") else ""
+
+
+def pair_vectors(models, tokenizer, prompts, layers):
+    """{layer: x_NMD}: both models' vectors at the prompts' last tokens."""
+    import dfc
+    import torch
+    a, b = (dfc.collect(m, tokenizer, prompts, layers) for m in models.values())
+    return {layer: torch.stack([a[layer], b[layer]], 1).float() for layer in layers}
+
+
+def evaluate(args):
+    """Evaluate crosscoders of one pair: models loaded once, clean answers made once."""
+    import torch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = args.runs + [args.crosscoder] * bool(args.crosscoder) or [newest()]
+    runs = open_runs(names, args.preset, device)
+    how = {"prompt": args.prompt, "rows": args.rows,
+           "max_new": args.max_new or MAX_NEW[runs[0][1]["preset"]]}
+    todo = [run for run in runs
+            if read_metrics(run[2]).get("evaluation", {}).get("how") != how | identity(run)]
+    if todo:
+        evaluate_runs(todo, how, device)
+    for _, _, folder in runs:
+        report(folder, args.show)
+
+
+def identity(run):
+    """What an evaluation hangs on besides its flags."""
+    cc, settings, _ = run
+    return {"layer": settings["layer"], "weights": zlib.crc32(cc.W_dec.detach().cpu().numpy())}
+
+
+def evaluate_runs(runs, how, device):
+    """Answers of both models, clean and patched, scored and saved in each run's folder."""
+    import torch
+    models, tokenizer = load_both(runs, device)
+    room = models["A"].config.get_text_config().max_position_embeddings - how["max_new"]
+    kept = read_test(runs[0][1], tokenizer, how["prompt"], how["rows"], room)
+    _, records, prompts = zip(*kept)
+    x = pair_vectors(models, tokenizer, prompts, sorted({s["layer"] for _, s, _ in runs}))
+    batches = {m: prefill(models[m], tokenizer, prompts) for m in models}
+
+    def answers(m, *patch):
+        texts = generate(models[m], tokenizer, batches[m], how["max_new"], *patch)
+        return [[opened(p) + t for p, t in zip(prompts, row)] for row in texts]
+    clean = {m: {"clean": answers(m)[0]} for m in models}
+    for run in runs:
+        (cc, settings, folder), began, outputs = run, time.time(), {}
+        layer = settings["layer"]
+        versions = reconstructions(cc, x[layer].to(device), settings["recipe"] == "paper")
+        for m, vectors in versions.items():
+            texts = answers(m, layer, torch.stack(list(vectors.values())))
+            outputs[m] = clean[m] | dict(zip(vectors, texts))
+        keep(folder, kept, outputs, how | identity(run), time.time() - began)
+
+
+def keep(folder, kept, outputs, how, seconds):
+    """Every row to eval.jsonl, then the totals into metrics.json (its key "evaluation")."""
+    from dfc import versions
+    records = [record for _, record, _ in kept]
+    scores, result = summary(outputs, records)
+    write_rows(folder / "eval.jsonl", kept, outputs, scores)
+    add_metrics(folder, "evaluation", {
+        "how": how, "models": result, "chance": chance(records), "seconds": seconds,
+        "versions": versions()})
+
+
+def write_rows(path, kept, outputs, scores):
+    """One line a row: kind, prompt, gold, calls; per model and version the output and scores."""
+    from dfc import write
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"kind": row.get("kind"), "prompt": prompt, "gold": r["gold"],
+                         "calls": r["calls"], "outputs": {m: {
+                             v: {"output": texts[i]} | scores[m][v][i]
+                             for v, texts in versions.items()} for m, versions in outputs.items()}})
+             for i, (row, r, prompt) in enumerate(kept)]
+    write(path, lambda f: f.write_text("\n".join(lines) + "\n"))
+
+
+def add_metrics(folder, key, value):
+    """Put a result beside what metrics.json of the run holds already."""
+    from dfc import write
+    metrics = read_metrics(folder) | {key: value}
+    write(folder / "metrics.json", lambda f: f.write_text(json.dumps(metrics, indent=1)))
+
+
+def read_metrics(folder):
+    """What metrics.json of a run folder holds, {} if there is none. Raises dfc.Problem."""
+    return read_json(folder / "metrics.json")
+
+
+def read_json(file, shape={}):
+    """The object in a JSON file, {} if there is no file. Raises dfc.Problem."""
+    from dfc import Problem
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        check(value, shape)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as e:
+        raise Problem(f"{file} is damaged ({e}): remove or mend it") from None
+    return value
+
+
+def report(folder, examples):
+    """The table of an evaluated run, some rows if asked for, and the headline."""
+    e = read_metrics(folder)["evaluation"]
+    gold = e["how"]["prompt"] == "chat"
+    print(f"\n{folder}, layer {e['how']['layer']}, prompt {e['how']['prompt']}")
+    print_versions(e["models"], e["chance"], gold)
+    print("paper, paper_tool over 48 settings: into A +31.1 +- 9.7 (clean 19), "
+          "into B +6.8 +- 5.0 (clean 0)")
+    for _, row in read_jsonl(folder / "eval.jsonl")[:examples] if examples else ():
+        print_row(row)
+    t = e["models"]["A"]["reconstruction"]["totals"]["all"]["exact" if gold else "called"]
+    print(f"\n{'exact' if gold else 'called'} {t['hits']}/{t['n']} ({t['pct']:.1f}%, "
+          f"95% {t['lo']:.1f}-{t['hi']:.1f})   A, reconstruction, all rows")
+
+
+def print_row(row):
+    """One row of eval.jsonl, for reading."""
+    print(f"\n--- {row['kind'] or 'row'}\n{row['prompt'].strip()[-300:]}\ngold: {row['gold']}")
+    for m, versions in row["outputs"].items():
+        for v in ("clean", "reconstruction"):
+            print(f"{m}, {v}: {versions[v]['output']}   [exact {versions[v]['exact']}]")
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(prog="eval_toolcall.py", description=__doc__.split("\n")[0])
+    p.print_usage = lambda *_: None  # an error is one line
+    p.add_argument("runs", nargs="*", type=Path, help="run folders (default: the newest)")
+    p.add_argument("--crosscoder", help="a crosscoder without a run: folder or hub name")
+    p.add_argument("--preset", choices=MAX_NEW, help="models and texts for --crosscoder")
+    p.add_argument("--prompt", choices=["chat", "paper"], default="chat",
+                   help="chat template with the question; paper = system text alone")
+    p.add_argument("--rows", type=int, help="at most this many test rows, drawn by chance")
+    p.add_argument("--max-new", type=int, help="tokens of an answer (64; 512 for --preset paper)")
+    p.add_argument("--show", type=int, default=0, metavar="N", help="print N rows as well")
+    p.add_argument("--score", metavar="FILE",
+                   help="only score JSONL rows with prediction and gold; - reads standard input")
+    args = p.parse_args(argv)
+    for flag, value, least in (("--rows", args.rows, 1), ("--max-new", args.max_new, 1),
+                               ("--show", args.show, 0)):
+        if value is not None and value < least:
+            p.error(f"{flag} must be {least} or more")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.score:
+        return score_file(args.score)
+    from dfc import cli  # only now: scoring works without torch
+    return cli(evaluate, args)
 
 
 def run(main, argv=None):
     """The exit status of a program: what the user can mend is one line on stderr and status 2."""
     try:
-        main(argv)
+        return main(argv) or 0
     except (RowError, OSError) as e:
         print(f"eval_toolcall.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

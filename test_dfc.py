@@ -1,14 +1,18 @@
 """The specification of dfc: what is true of every piece, one sentence a test. pytest runs it in
 under 90 s on 2 CPU cores, without a GPU and without a network."""
 
+import contextlib
 import copy
+import io
 import json
 import math
 import random
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -775,7 +779,6 @@ def scorer(*argv):
 
 
 def test_score_reads_a_file_or_standard_input(tmp_path, monkeypatch, capsys):
-    import io
     file = write_text(tmp_path / "o.jsonl", as_lines(*SCORED) + "\r\n")
     assert scorer("--score", file) == 0
     out = capsys.readouterr().out
@@ -829,7 +832,9 @@ def test_rows_that_cannot_be_scored_are_one_line_and_status_2(text, says, tmp_pa
 
 
 @pytest.mark.parametrize("argv, says", [
-    ([], "--score"), (["--what"], "--score"), (["--score"], "--score"),
+    (["--what"], "--what"), (["--score"], "--score"), (["--rows", "0"], "--rows must be 1"),
+    (["--max-new", "0"], "--max-new"), (["--show", "-1"], "--show"), (["--rows", "x"], "--rows"),
+    (["--prompt", "none"], "--prompt"), (["--preset", "none"], "--preset"),
     (["--score", "no.jsonl"], "no.jsonl"), (["--score", str(TINY)], "directory"),
     (["--score", "x", "--what"], "--what")])
 def test_a_wrong_command_is_one_line_and_status_2(argv, says, capsys):
@@ -868,7 +873,413 @@ def test_importing_the_scorer_and_dfc_is_light():
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. The embedded pair and the README
+# 7. Answers, patches and reconstructions (eval_toolcall.py)
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair():
+    models = {m: dfc.load_model(str(TINY / n), "cpu") for m, n in (("A", "toolrl"), ("B", "base"))}
+    tok = models["A"][1]
+    kept = ev.read_test(dfc.PRESETS["tiny"], tok, most=9)
+    return {m: model for m, (model, _) in models.items()}, tok, [prompt for *_, prompt in kept]
+
+
+def one_by_one(model, tok, prompts, max_new, layer=0, vectors=None):
+    """The slow, obvious way: no batch, no padding, no cache made in advance, a plain hook."""
+    texts = []
+    for i, prompt in enumerate(prompts):
+        def hook(_, __, out):
+            if vectors is not None and out.shape[1] > 1:  # the prompt's pass
+                out[:, -1] = vectors[i]
+        handle = dfc.blocks(model)[layer].register_forward_hook(hook)
+        batch = tok(prompt, return_tensors="pt", add_special_tokens=False)
+        ids = model.generate(**batch, max_new_tokens=max_new)[0, batch["input_ids"].shape[1]:]
+        texts.append(tok.decode(ids, skip_special_tokens=True))
+        handle.remove()
+    return texts
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_batched_generation_equals_one_prompt_at_a_time(pair, share):
+    models, tok, prompts = pair
+    batches = ev.prefill(models["A"], tok, prompts, batch_tokens=700, share=share)
+    assert 1 < len(batches) < len(prompts) and any((mask == 0).any() for _, _, mask, _ in batches)
+    clean = one_by_one(models["A"], tok, prompts, 16)
+    assert ev.generate(models["A"], tok, batches, 16) == [clean]
+    x = ev.pair_vectors(models, tok, prompts, [2])[2]
+    vectors = torch.stack([x[:, 1], 9 * torch.randn(len(x), 128), x[:, 0] * 0])
+    slow = [one_by_one(models["A"], tok, prompts, 16, 2, v) for v in vectors]
+    assert clean != slow[1] != slow[2] != clean
+    for at_once in (1500, 10 ** 6):  # two versions at a time, then one; all three
+        assert ev.generate(models["A"], tok, batches, 16, 2, vectors, at_once=at_once) == slow
+    added = ev.generate(models["A"], tok, batches, 16, 2, (vectors - x[:, 0]), add=True)
+    assert added[1] == slow[1]
+
+
+def test_patching_in_a_models_own_activation_changes_no_answer(pair):
+    models, tok, prompts = pair
+    for layer, x in ev.pair_vectors(models, tok, prompts, [0, 3]).items():
+        for m, (name, model) in enumerate(models.items()):
+            batches = ev.prefill(model, tok, prompts)
+            own = ev.generate(model, tok, batches, 48, layer, x[None, :, m])
+            assert own == ev.generate(model, tok, batches, 48), (layer, name)
+
+
+class TwoOutputs(torch.nn.Module):
+    def forward(self, h):
+        return h + 1, "cache"
+
+
+def test_a_patch_replaces_the_last_token_of_one_block_in_the_first_pass_only():
+    model, ids, seen = random_model("Qwen2"), torch.tensor([[5, 6, 7], [8, 9, 3]]), []
+    clean = [dfc.residuals(model, ids, [layer])[layer] for layer in range(3)]
+    v = torch.randn(2, 16)
+    with ev.patch(model, 1, ev.replace(v)):
+        for _ in range(2):
+            seen.append(dfc.residuals(model, ids, [0, 1, 2]))
+    first, second = seen
+    assert torch.equal(first[1][:, -1], v) and torch.equal(first[1][:, :-1], clean[1][:, :-1])
+    assert torch.equal(first[0], clean[0]) and torch.equal(first[2][:, :-1], clean[2][:, :-1])
+    assert not torch.allclose(first[2][:, -1], clean[2][:, -1])
+    assert all(torch.equal(second[layer], clean[layer]) for layer in range(3))
+    with ev.patch(model, 1, ev.replace(v, add=True), positions="all"):
+        for _ in range(2):
+            every = dfc.residuals(model, ids, [1])[1]
+            assert torch.allclose(every, clean[1] + v[:, None])
+    blocks = torch.nn.ModuleList([TwoOutputs()])
+    with ev.patch(SimpleNamespace(model=SimpleNamespace(layers=blocks)), 0, lambda h: h * 0 + 7):
+        h, rest = blocks[0](torch.zeros(1, 3, 1))
+    assert h.flatten().tolist() == [1, 1, 7] and rest == "cache"
+
+
+def test_the_patch_is_gone_after_an_exception():
+    model = random_model("Qwen2")
+    for positions in ("last", "all"):
+        with pytest.raises(ZeroDivisionError), ev.patch(model, 1, lambda h: 1 / 0, positions):
+            model(torch.tensor([[1, 2]]))
+    assert not any(b._forward_hooks for b in dfc.blocks(model))
+
+
+def test_answers_end_where_the_template_or_the_model_says_and_are_greedy_whatever_it_asks(pair):
+    models, tok, prompts = pair
+    model = copy.deepcopy(models["A"])
+    ids = [tok.get_vocab()[t] for t in ("<|endoftext|>", "<|im_end|>")]
+    assert ev.end_tokens(model, tok) == sorted(ids)
+    clean = ev.generate(model, tok, ev.prefill(model, tok, prompts))[0]
+    assert all(len(tok(text)["input_ids"]) < 60 for text in clean)
+    for name, value in dict(eos_token_id=None, do_sample=True, temperature=9., top_k=3, top_p=.5,
+                            repetition_penalty=3., num_beams=2).items():
+        setattr(model.generation_config, name, value)
+    assert ev.generate(model, tok, ev.prefill(model, tok, prompts))[0] == clean
+    model.generation_config.eos_token_id = 7
+    assert 7 in ev.end_tokens(model, tok)
+
+
+def test_reconstructions_are_what_the_decoder_says():
+    cc, x = small(), torch.randn(20, 2, 8) * 3 + 1
+    cc.fit_scale(x)
+    cc.b_dec.data.normal_()
+    versions, xhat = ev.reconstructions(cc, x), cc(x)[0]
+    for m, model in enumerate("AB"):
+        v = versions[model]
+        assert torch.equal(v["own activation"], x[:, m])
+        assert torch.equal(v["reconstruction"], xhat[:, m])
+        nothing = cc.b_dec[m] * cc.scale[m] + cc.mean[m]
+        assert torch.allclose(v["b_dec alone"], nothing.expand(20, 8))
+        parts = v[f"{model}-exclusive alone"] + v["shared alone"] - nothing
+        assert torch.allclose(parts, xhat[:, m], atol=1e-4)
+        noise = [v[f"noise, seed {seed}"] - x[:, m] for seed in range(3)]
+        error = (xhat - x)[:, m].norm(dim=1)
+        assert all(torch.allclose(n.norm(dim=1), error, rtol=1e-3) for n in noise)
+        assert not torch.allclose(noise[0], noise[1], atol=.1)
+    a_mean, a_other = x.clone(), x.clone()
+    a_mean[:, 0], a_other[1:, 0], a_other[0, 0] = x[:, 0].mean(0), x[:-1, 0], x[-1, 0]
+    assert torch.allclose(versions["B"]["recon., A mean"], cc(a_mean)[0][:, 1], atol=1e-4)
+    assert torch.equal(versions["B"]["recon., A another's"], cc(a_other)[0][:, 1])
+    names = {model: set(v) for model, v in versions.items()}
+    assert names["B"] - names["A"] == {"recon., A mean", "recon., A another's", "B-exclusive alone"}
+    assert names["A"] - names["B"] == {"A-exclusive alone"}
+    assert "B-exclusive alone" not in ev.reconstructions(small(n_b=0), x)["B"]
+
+
+def test_the_published_way_leaves_the_scale_out_and_the_crosscoder_as_it_was():
+    cc, x = small(), torch.randn(20, 2, 8) * 5 + 3
+    cc.fit_scale(x)
+    before, published = copy.deepcopy(cc.state_dict()), small()
+    published.load_state_dict(cc.state_dict() | {"mean": cc.mean * 0, "scale": cc.scale * 0 + 1})
+    versions = ev.reconstructions(cc, x, raw=True)
+    for m, model in enumerate("AB"):
+        assert torch.equal(versions[model]["reconstruction, raw"], published(x)[0][:, m])
+        assert not torch.allclose(versions[model]["reconstruction, raw"], cc(x)[0][:, m], atol=.1)
+    assert all(torch.equal(t, before[name]) for name, t in cc.state_dict().items())
+
+
+def test_a_paired_difference_is_a_mean_with_its_bootstrap_interval():
+    assert ev.paired([1, 1, 1, 0], [0, 1, 0, 0])["pp"] == 50
+    assert ev.paired([1, 1, 1], [0, 0, 0]) == {"pp": 100, "lo": 100, "hi": 100, "n": 3}
+    assert ev.paired([], []) is None
+    rng = random.Random(0)
+    after, before = ([rng.random() < p for _ in range(60)] for p in (.7, .4))
+    drawn = []
+    for _ in range(4000):
+        some = rng.choices(range(60), k=60)
+        drawn.append(100 * sum(after[i] - before[i] for i in some) / 60)
+    got = ev.paired(after, before)
+    assert [got["lo"], got["hi"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=2.5)
+
+
+LONG = {"messages": [{"role": "system", "content": "Tools: none."},
+                     {"role": "user", "content": "one two three four five six"},
+                     {"role": "assistant", "content": None}, {"role": "tool"},
+                     {"role": "user", "content": "seven eight \N{PILE OF POO} nine ten"}]}
+
+
+def test_a_prompt_is_the_templates_or_the_system_text_and_loses_the_dialogues_beginning(pair):
+    _, tok, _ = pair
+    whole, cut = ev.prompt_of(LONG, tok)
+    assert cut == 0 and whole.endswith("<|im_start|>assistant\n") and "ten<|im_end|>" in whole
+    short = {"messages": LONG["messages"][:2]}
+    assert ev.prompt_of(short, tok)[0] == tok.apply_chat_template(
+        short["messages"], tokenize=False, add_generation_prompt=True)
+    assert ev.prompt_of(LONG, tok, "paper") == ("Tools: none.", 0)
+
+    def length(text):
+        return len(tok(text)["input_ids"])
+    lost = 0
+    for limit in range(length(whole), 0, -1):
+        try:
+            prompt, cut = ev.prompt_of(LONG, tok, "chat", limit)
+        except ev.TooLong as e:
+            assert f"more than {limit} tokens" in str(e) and "ten" not in prompt
+            break
+        assert length(prompt) <= limit and "Tools: none." in prompt and lost <= cut
+        assert cut == length(whole) - limit or "\N{PILE OF POO}" not in prompt
+        assert "ix" in prompt or "two" not in prompt
+        lost = cut
+    assert limit > length("Tools: none.") and LONG["messages"][1]["content"].startswith("one")
+    for limit in (0, -5):
+        with pytest.raises(ev.TooLong):
+            ev.prompt_of(LONG, tok, limit=limit)
+
+
+def test_prompts_that_were_cut_are_counted(pair, capsys):
+    _, tok, prompts = pair
+    lengths = [len(tok(prompt)["input_ids"]) for prompt in prompts]
+    limit, many = max(lengths) - 1, lengths.count(max(lengths))
+    kept = ev.read_test(dfc.PRESETS["tiny"], tok, most=9, limit=limit)
+    assert sum(a != b for (*_, a), b in zip(kept, prompts, strict=True)) == many
+    assert capsys.readouterr().out.startswith(
+        f"{many} prompts longer than {limit} tokens: {many} tokens cut")
+
+
+def test_a_prompt_that_cannot_be_made_is_said(pair):
+    tok = copy.deepcopy(pair[1])
+    with pytest.raises(ev.RowError, match="without messages"):
+        ev.prompt_of({"messages": None}, tok)
+    with pytest.raises(ev.RowError, match="empty"):
+        ev.prompt_of({"messages": [{"role": "user", "content": "q"}]}, tok, "paper")
+    tok.chat_template = "{{ raise_exception('no system role here') }}"
+    with pytest.raises(ev.RowError, match="no system role here"):
+        ev.prompt_of(LONG, tok)
+    tok.chat_template = None
+    with pytest.raises(ev.RowError, match="--prompt paper"):
+        ev.prompt_of(LONG, tok)
+    assert ev.prompt_of(LONG, tok, "paper")[0] == "Tools: none."
+
+
+def test_only_a_thought_that_the_template_opens_belongs_to_the_answer():
+    for prompt, said in (("x\nassistant\n", ""), ("assistant\n<think>", "<think>"), ("[/INST]", ""),
+                         ("assistant\n<think>\n", "<think>"), ("Think first, then call.", "")):
+        assert ev.opened(prompt) == said
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Evaluating runs (eval_toolcall.py)
+# ---------------------------------------------------------------------------------------------
+
+
+def copy_run(finished, folder, **settings):
+    """A copy of a finished run, other settings in its run.json."""
+    shutil.copytree(finished, folder)
+    settings = json.loads((finished / "run.json").read_text()) | settings
+    write_text(folder / "run.json", json.dumps(settings))
+    return folder
+
+
+def read_eval(folder):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return metrics["evaluation"], [row for _, row in ev.read_jsonl(folder / "eval.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished, tmp_path_factory):
+    folder, out = tmp_path_factory.mktemp("eval") / "runs" / "run", io.StringIO()
+    copy_run(finished, folder)
+    with contextlib.redirect_stdout(out):
+        assert scorer(folder, "--rows", 12) == 0
+    return folder, out.getvalue()
+
+
+def test_an_evaluation_keeps_every_row_and_its_totals(evaluated):
+    folder, out = evaluated
+    result, rows = read_eval(folder)
+    assert "fve" in json.loads((folder / "metrics.json").read_text())  # of the training
+    assert len(rows) == 12 and result["how"]["layer"] == 3
+    assert all(row["prompt"].endswith("<|im_start|>assistant\n") for row in rows)
+    for model, versions in result["models"].items():
+        for name, v in versions.items():
+            texts = [row["outputs"][model][name] for row in rows]
+            for row, t in zip(rows, texts):
+                gold = ev.to_record({"prediction": "", "ground_truth": row["gold"]})
+                assert ev.score(t["output"], gold)["exact"] == t["exact"]
+            assert v["totals"]["all"]["exact"]["hits"] == sum(t["exact"] for t in texts)
+    a, b = result["models"]["A"], result["models"]["B"]
+    assert a["clean"]["totals"]["needs"]["exact"]["pct"] >= 50 > 10 > \
+        b["clean"]["totals"]["needs"]["exact"]["pct"]
+    for versions in (a, b):
+        assert versions["own activation"]["delta"]["exact"]["lo"] == 0 == \
+            versions["own activation"]["delta"]["exact"]["hi"]
+    hits = a["reconstruction"]["totals"]["all"]["exact"]["hits"]
+    assert out.splitlines()[-1].startswith(f"exact {hits}/12 (")
+    assert max(map(len, out.splitlines())) <= 100
+    for line in ("into A", "into B", "recon., A mean", "first tool", "+31.1"):
+        assert out.count("\n" + line) == 1 or line == "+31.1" and line in out
+
+
+def test_what_is_evaluated_is_shown_and_not_done_again(evaluated, monkeypatch, capsys):
+    folder, out = evaluated
+    monkeypatch.setattr(dfc, "load_model", None)
+    assert scorer(folder, "--rows", 12) == 0
+    assert capsys.readouterr().out == out
+    assert scorer(folder, "--rows", 12, "--show", 2) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\ngold: ") == 2 == shown.count("\nA, clean: ")
+    monkeypatch.chdir(folder.parent.parent)
+    assert scorer("--rows", 12) == 0  # no name: the newest
+    assert capsys.readouterr().out == out.replace(str(folder), "runs/run")
+
+
+def test_the_papers_prompt_has_no_question_so_nothing_exact_is_printed(finished, tmp_path, capsys):
+    folder = copy_run(finished, tmp_path / "run")
+    assert scorer(folder, "--prompt", "paper", "--rows", 3, "--max-new", 6) == 0
+    result, rows = read_eval(folder)
+    out = capsys.readouterr().out.splitlines()
+    assert all("<|im_start|>" not in row["prompt"] for row in rows)
+    for row in rows:
+        assert not any(v["output"].startswith(row["prompt"].splitlines()[-1])
+                       for v in row["outputs"]["A"].values())
+    assert out[-1].startswith("called ") and not any(line.startswith("exact") for line in out)
+    lines = [line.split() for line in out if line.startswith(("clean", "reconstruction"))]
+    assert len(lines) == 4 and all(line[1] == "-" for line in lines)
+
+
+def test_many_runs_share_models_and_clean_answers(finished, tmp_path, monkeypatch):
+    one = copy_run(finished, tmp_path / "one")
+    two = copy_run(finished, tmp_path / "two", recipe="paper", layer=1)
+    loads, clean, load_model, generate = [], [], dfc.load_model, ev.generate
+
+    def counted(*args):
+        clean.append(args) if len(args) == 4 else None
+        return generate(*args)
+    monkeypatch.setattr(dfc, "load_model", lambda *a: loads.append(a) or load_model(*a))
+    monkeypatch.setattr(ev, "generate", counted)
+    assert scorer(one, two, "--rows", 3, "--max-new", 6) == 0
+    assert len(loads) == len(clean) == 2
+    (first, _), (second, _) = read_eval(one), read_eval(two)
+    assert (first["how"]["layer"], second["how"]["layer"]) == (3, 1)
+    assert "reconstruction, raw" in second["models"]["B"]
+    assert "reconstruction, raw" not in first["models"]["B"]
+
+
+def test_a_crosscoder_alone_is_evaluated_with_a_presets_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for owner in ("first", "second"):  # the name is the same, the weights are not
+        (tmp_path / owner).mkdir()
+        published(tmp_path / owner / "dfc-D8k", True, D=128, L=64)
+        write_text(tmp_path / owner / "dfc-D8k" / "hparams.json", '{"layer": 2}')
+    made = []
+    for owner in ("first", "first", "second"):
+        assert scorer("--crosscoder", f"{owner}/dfc-D8k", "--preset", "tiny", "--rows", 3,
+                      "--max-new", 6) == 0
+        made.append(read_eval(tmp_path / "runs" / "dfc-D8k")[0])
+    assert made[0] == made[1] != made[2] and made[0]["how"]["layer"] == 2
+
+
+@pytest.fixture(scope="module")
+def bad(finished, tmp_path_factory):
+    """Run folders and texts of every kind that cannot be evaluated, by name."""
+    home = tmp_path_factory.mktemp("bad")
+    row = dfc.read_rows(TINY / "tools.jsonl", 1)[0] | {"split": "test"}
+    texts = {"EMPTY": "", "BROKEN": as_lines(row) + '{"a": \n', "BINARY": b"\xff\xfe\x00\n",
+             "GOLD": as_lines(row | {"output": "<tool_call>"}), "ODD": as_lines({"split": "test"}),
+             "TWO": as_lines(row, chat_row({"content": "x"}, split="test")),
+             "TRAIN": as_lines(row | {"split": "train"})}
+    for name, text in texts.items():
+        write_text(home / f"{name}.jsonl", text)
+        copy_run(finished, home / name, tool_texts=str(home / f"{name}.jsonl"))
+    (home / "plain").mkdir()
+    for file in (TINY / "toolrl").iterdir():
+        if file.suffix != ".jinja":
+            (home / "plain" / file.name).symlink_to(file)
+    for name, settings in {"LAYER": {"layer": 9}, "PLAIN": {"model_a": str(home / "plain")},
+                           "RUN": {}, "HALF": {}, "WIDE": {}, "RUNJSON": {}, "METRICS": {},
+                           "OLD": {"layer": None}}.items():
+        copy_run(finished, home / name, **settings)
+    (home / "HALF" / "metrics.json").unlink()
+    dfc.save(small(), home / "WIDE")
+    dfc.save(small(), home / "ALONE")
+    write_text(home / "RUNJSON" / "run.json", "{")
+    write_text(home / "METRICS" / "metrics.json", b"[\xff")
+    return home
+
+
+def files(home):
+    return {f: f.read_bytes() for f in sorted(home.rglob("*")) if f.is_file()}
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "no finished run"), (["nothing"], "nothing is no run"), (["runs/nothing"], "is no run"),
+    (["HALF"], "half a run"), (["WIDE"], "is 8 wide"), (["LAYER"], "layers 0 to 3"),
+    (["RUN", "PLAIN"], "different models"), (["--crosscoder", "ALONE"], "--preset"),
+    (["--crosscoder", "no/ne", "--preset", "tiny"], "no/ne"),
+    (["--crosscoder", "ALONE", "--preset", "tiny"], "is 8 wide"),
+    (["PLAIN"], "no chat template"), (["EMPTY"], "no test row"), (["TRAIN"], "no test row"),
+    (["BROKEN"], "row 2 is not JSON"), (["BINARY"], "row 1 is not UTF-8"),
+    (["GOLD"], "can be scored"), (["ODD"], "row 1: unknown row format"), (["TWO"], "row 2: chat"),
+    (["RUNJSON"], "run.json is damaged"), (["OLD"], "layer must be int, got NoneType"),
+    (["METRICS"], "metrics.json is damaged"),
+    (["RUN", "--max-new", "512"], "can be scored")])
+def test_what_cannot_be_evaluated_is_one_line_and_status_2(argv, says, bad, monkeypatch, capsys):
+    monkeypatch.chdir(bad)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = files(bad)
+    assert scorer(*argv) == 2
+    err = re.sub(r"collect:.*\r", "", capsys.readouterr().err).strip()
+    assert says in err and len(err.splitlines()) == 1 and "Traceback" not in err
+    assert files(bad) == before
+
+
+def test_a_full_disk_or_an_interruption_leaves_what_was_there(bad, monkeypatch, capsys):
+    before = files(bad)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    for where, name, wrong, status in ((Path, "write_text", full, 2),
+                                       (ev, "generate", interrupted, 130)):
+        with monkeypatch.context() as m:
+            m.setattr(where, name, wrong)
+            assert scorer(bad / "RUN", "--rows", 2, "--max-new", 2) == status
+        err = capsys.readouterr().err
+        assert "Traceback" not in err and ("No space left" in err or status == 130)
+        assert files(bad) == before
+
+
+# ---------------------------------------------------------------------------------------------
+# 9. The embedded pair and the README
 # ---------------------------------------------------------------------------------------------
 
 

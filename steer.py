@@ -1,0 +1,785 @@
+"""One latent up, down and into the base: does it carry what reinforcement learning added?
+
+Take the A-exclusive latent that best separates prompts that need a tool from prompts that do not
+(on dev rows), and change it at the prompt's last token (on test rows), where the answer begins:
+
+    delta_n = sum_{l in S} (alpha - 1) f_nl W_dec[l, m]       added to model m, prompt n, raw units
+
+    alpha = 1 changes nothing, alpha = 0 takes the latents S away, above 1 exaggerates them. Into
+    the other model goes c W_dec[l, m], with c the latent's mean or maximum on dev prompts.
+
+An effect alone shows little: many directions of that length break an answer. So each stands beside
+directions of the same length that know nothing of tools (10 random ones, 10 other live latents of
+the same partition) and two that need no dictionary (the differences of means, A - B and
+needs - none). The verdict is computed: no, beyond random, beyond every control.
+
+    python steer.py                                        # the newest run: 2 minutes on 2 cores
+    python steer.py --latents 42 --alpha 0 --prompt "..."  # your own latents, strength and prompt
+    python steer.py --monitor "..."                        # where in a text does the latent fire?
+    python steer.py --grid                                 # how many latents, how strong?
+
+A B-exclusive latent can hold the same difference with its sign flipped ("B lacks this"): then it is
+taken away from B, and its B direction is added to A. Both kinds go through the same code.
+
+Shapes as in dfc.py: N prompts, M = 2 models, D width, L latents, V versions of each answer.
+Where we leave the paper: controls, dev and test rows apart, prompts that hold the question, and the
+ranking by prompts in the same template; the paper contrasts tool texts with plain text (printed
+beside it). Left out on purpose: steering at more than one layer at once.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from dfc import (CONTRASTS, Parser, Problem, blocks, cli, collect, gather, number, rank_latents,
+                 read_rows, residuals, split_of, versions, write)
+from eval_toolcall import (MAX_NEW, NAMES, add_metrics, answer, generate, load_both, newest,
+                           open_run, open_runs, opened, pair_vectors, paired, patch, prefill, print_versions,
+                           read_test, replace, score, summary, write_rows)
+
+# ---------------------------------------------------------------------------------------------
+# 1. Which latents? Ranking and exclusivity
+# ---------------------------------------------------------------------------------------------
+
+
+def raw_decoder(cc):
+    """W_dec (L, M, D) in raw activation units."""
+    return (cc.decoder() * cc.scale[:, None]).detach()
+
+
+def exclusivity(cc, x_NMD, f_NL):
+    """(nu_error, nu_recon), each (L,): is what a latent writes into A in B's activations too?
+
+    Latent Scaling (arXiv 2504.02922): beta(y) = sum_n <f d, y_n> / sum_n |f d|^2 fits the latent's A
+    direction d to y; nu = beta of B / beta of A. y is the model's reconstruction (about its mean),
+    or its error plus what this latent put into it. Specific to A: nu_error < .2, nu_recon < .5."""
+    d_LD, own_L = raw_decoder(cc)[:, 0], torch.arange(len(cc.b_enc)) < cc.n_a + cc.n_b
+    xhat_NMD = cc.decode(f_NL)
+    size_L = f_NL.pow(2).sum(0) * d_LD.pow(2).sum(1)
+
+    def beta(y_ND):
+        return ((y_ND @ d_LD.T) * f_NL).sum(0)
+    error, recon = x_NMD - xhat_NMD, xhat_NMD - cc.mean
+    into_b = torch.where(own_L.to(size_L.device), 0., size_L)  # an exclusive latent puts nothing in
+    nu = [(beta(error[:, 1]) + into_b) / (beta(error[:, 0]) + size_L),
+          beta(recon[:, 1]) / beta(recon[:, 0])]
+    return [v.nan_to_num(float("inf")) for v in nu]
+
+
+def mirrors(cc, part):
+    """(L,) largest cosine of a latent's A direction with a B direction in `part`, itself left out:
+    a twin there would mean that the model B has the same feature after all."""
+    W_LMD = torch.nn.functional.normalize(raw_decoder(cc), dim=-1)
+    cosine = W_LMD[:, 0] @ W_LMD[part, 1].T
+    cosine[range(*part.indices(len(W_LMD))), range(cosine.shape[1])] = -1
+    return cosine.max(1).values if cosine.shape[1] else torch.full((len(W_LMD),), float("nan"))
+
+
+def ranking(cc, sets):
+    """Rows of rank_latents() for both contrasts, with partition, contrast, nu and mirrors."""
+    with torch.no_grad():
+        device = cc.b_dec.device
+        x = {name: sets[name].float().to(device) for name in ("needs", "none", "tool", "plain")}
+        f = {name: cc.encode(v) for name, v in x.items()}
+        nu_error, nu_recon = exclusivity(cc, torch.cat(list(x.values())), torch.cat(list(f.values())))
+        parts, rows = cc.partitions(), []
+        twin_b, twin_shared = mirrors(cc, parts["b_excl"]), mirrors(cc, parts["shared"])
+    for contrast, (p, q) in CONTRASTS.items():
+        for row in rank_latents(f[p], f[q]) if min(len(f[p]), len(f[q])) > 1 else ():
+            i = row["feature_idx"]
+            part = next(n for n, s in parts.items() if s.start <= i < s.stop)
+            rows.append(row | {"contrast": contrast, "partition": part,
+                               "nu_error": nu_error[i].item(), "nu_recon": nu_recon[i].item(),
+                               "mirror_b": twin_b[i].item(), "mirror_shared": twin_shared[i].item()})
+    return rows
+
+
+def specific(row):
+    """Does a row of the ranking pass every criterion of a tool latent that only A has?"""
+    return (row["contrast"] == "needs/none" and row["partition"] == "a_excl"
+            and row["auroc"] >= .9 and row["nu_error"] < .2 and row["nu_recon"] < .5)
+
+
+def write_ranking(path, rows):
+    """ranking.csv: the authors' columns first, then ours."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0])
+    table.writeheader()
+    table.writerows(rows)
+    write(path, lambda f: f.write_text(text.getvalue()))
+
+
+def best(rows, part):
+    """The first latent of a partition by Cohen's d, needs against none; None if there is none."""
+    return next((r["feature_idx"] for r in rows if r["partition"] == part
+                 and r["contrast"] == "needs/none"), None)
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Steering
+# ---------------------------------------------------------------------------------------------
+
+
+def steering(model, layer, delta_ND, positions="last"):
+    """Context manager: delta_ND, a vector a prompt, is added to the output of block `layer` at the
+    prompt's last token ("last", the paper) or at every token ("all"). Needs: patch, replace."""
+    return patch(model, layer, replace(delta_ND, add=True), positions)
+
+
+def written(cc, f_NL, latents, m):
+    """(N, D): what some latents write into model m, in raw units."""
+    return f_NL[:, latents] @ raw_decoder(cc)[latents, m]
+
+
+def token_values(cc, h, latents, m):
+    """(..., |S|): what exclusive latents of model m read in its activations h alone, before the
+    top k: whether they would survive it depends on the other model too."""
+    z = (h.float() - cc.mean[m]) / cc.scale[m]
+    return torch.relu(z @ cc.W_enc[m][:, latents] + cc.b_enc[latents]).detach()
+
+
+def taken_away(cc, latents, m, along=None):
+    """An edit for patch(): subtract at each token what the latents write there; `along`: the same
+    length along this unit vector instead."""
+    W_SD = raw_decoder(cc)[latents, m]
+
+    def edit(h):
+        wrote = token_values(cc, h, latents, m) @ W_SD
+        if along is not None:
+            wrote = wrote.norm(dim=-1, keepdim=True) * along
+        return h - wrote.to(h)
+    return edit
+
+
+@contextlib.contextmanager
+def projected_out(model, directions_SD):
+    """No block's output has a component along these directions, at any token."""
+    basis = torch.linalg.qr(directions_SD.T.float()).Q                            # (D, S)
+
+    def edit(h):
+        return h - ((h.float() @ basis) @ basis.T).to(h)
+    with contextlib.ExitStack() as stack:
+        for layer in range(len(blocks(model))):
+            stack.enter_context(patch(model, layer, edit, "all"))
+        yield
+
+
+def random_units(n, like_D, seed=0):
+    """(n, D) random directions."""
+    u = torch.randn(n, len(like_D), generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(u, dim=1).to(like_D)
+
+
+def same_length(delta_ND, units_VD):
+    """(V, N, D): other directions, each prompt's delta keeping its length."""
+    return delta_ND.norm(dim=1)[None, :, None] * units_VD[:, None]
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Statistics, numpy only (paired bootstrap intervals: eval_toolcall.paired)
+# ---------------------------------------------------------------------------------------------
+
+
+def cohens_dz(differences):
+    """Mean over standard deviation of paired differences."""
+    x = np.asarray(differences, float)
+    return float(x.mean() / x.std(ddof=1)) if len(x) > 1 and x.std() > 0 else float("nan")
+
+
+def sign_flip(differences, times=100_000, seed=0):
+    """Two-sided p: how often is |mean| as large when signs are thrown? Exact up to 16 values."""
+    x = np.asarray(differences, float)
+    if len(x) <= 16:
+        signs = 1 - 2 * (np.arange(2 ** len(x))[:, None] >> np.arange(len(x)) & 1)
+    else:
+        signs = np.random.default_rng(seed).choice([-1, 1], (times, len(x)))
+        signs[0] = 1  # what was observed is one of the ways: p is never 0
+    means = abs((signs * x).mean(1))
+    return float((means >= abs(x.mean()) - 1e-12).mean())
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. The scene: a crosscoder, its models, prompts with their latents
+# ---------------------------------------------------------------------------------------------
+
+
+def stage(args):
+    """One SimpleNamespace per run: cc, settings, folder, layer, models, tokenizer, sets (dev
+    activations), rows (of the ranking). Raises Problem."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = args.runs + [args.crosscoder] * bool(args.crosscoder) or [newest()]
+    runs = open_runs(names, args.preset, device)
+    if len({cc.b_dec.shape[1] for cc, _, _ in runs}) > 1:
+        raise Problem("these runs are of different widths: steer them apart")
+    models, tokenizer = load_both(runs, device)
+    scenes = []
+    for cc, settings, folder in runs:
+        sets, _ = gather(SimpleNamespace(**settings | {"out": folder}), device, train=False)
+        rows = ranking(cc, sets)
+        if rows:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_ranking(folder / "ranking.csv", rows)
+        max_new = args.max_new or MAX_NEW[settings["preset"]]
+        scenes.append(SimpleNamespace(cc=cc, settings=settings, folder=folder, models=models,
+                                      layer=settings["layer"], tokenizer=tokenizer, sets=sets,
+                                      rows=rows, max_new=max_new, device=device))
+    return scenes
+
+
+def some_of_each(kept, most):
+    """The first `most` rows of each kind; rows without a kind go by whether a tool is needed."""
+    seen, out = {}, []
+    for row, record, prompt in kept:
+        kind = row.get("kind", bool(record["calls"]))
+        seen[kind] = seen.get(kind, 0) + 1
+        out += [(row, record, prompt)] * (seen[kind] <= most)
+    return out
+
+
+def place(s, kept):
+    """Prompts ready to steer: rows, records, prompts, x_NMD, f_NL, and both models' prefixes."""
+    _, records, prompts = zip(*kept)
+    x = pair_vectors(s.models, s.tokenizer, prompts, [s.layer])[s.layer].to(s.device)
+    with torch.no_grad():
+        f = s.cc.encode(x)
+    return SimpleNamespace(kept=kept, records=records, prompts=prompts, x=x, f=f, batches={
+        m: prefill(s.models[m], s.tokenizer, prompts) for m in s.models})
+
+
+def outputs_of(s, p, m, deltas=None, positions="last"):
+    """[V][N] texts of model m ("A", "B") under deltas_VND; clean ones without."""
+    batches = p.batches[m]
+    if positions == "all":  # every token changes, so nothing can be shared
+        batches = prefill(s.models[m], s.tokenizer, p.prompts, share=False)
+    texts = generate(s.models[m], s.tokenizer, batches, s.max_new, s.layer, deltas, True, positions)
+    return [[opened(q) + t for q, t in zip(p.prompts, row)] for row in texts]
+
+
+def outputs_in(s, p, m, context):
+    """[N] texts of model m, each batch answered inside context(), no prefix shared."""
+    out = [None] * len(p.prompts)
+    for batch in prefill(s.models[m], s.tokenizer, p.prompts, share=False):
+        with context():
+            texts = answer(s.models[m], s.tokenizer, batch, s.max_new)
+        for i, text in zip(batch[0], texts):
+            out[i] = opened(p.prompts[i]) + text
+    return out
+
+
+def exacts(texts, p):
+    """0 or 1 a prompt."""
+    return [score(t, r)["exact"] for t, r in zip(texts, p.records)]
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. One latent (or a set of them): effects, controls, verdict
+# ---------------------------------------------------------------------------------------------
+
+ALPHAS = (0., 1., 2., 4., 6., 16., 32., 64.)
+
+
+def home_of(cc, latents):
+    """The model whose latents these are: 0 = A, also for shared ones; 1 = B."""
+    return int(all(cc.n_a <= i < cc.n_a + cc.n_b for i in latents))
+
+
+def unit(v_D):
+    return torch.nn.functional.normalize(v_D.float(), dim=0)
+
+
+def directions(s, latents, m, n=10):
+    """{name: units_VD} that a claim's direction has to beat when model m is changed: n random
+    ones, n other live latents of the same partition, and the two differences of means."""
+    W_LD, x = raw_decoder(s.cc)[:, home_of(s.cc, latents)], s.sets
+    part = next(p for p in s.cc.partitions().values() if p.start <= latents[0] < p.stop)
+    with torch.no_grad():
+        rate = sum(s.cc.encode(v.float().to(s.device)).gt(0).float().sum(0) for v in x.values())
+    live = [i for i in range(part.start, part.stop) if rate[i] > 0 and i not in latents
+            and W_LD[i].norm() > 0]
+    some = np.random.default_rng(0).permutation(live)[:n].tolist()
+    mean = {name: v.float().mean(0).to(s.device) for name, v in x.items()}
+    return {"random": random_units(n, W_LD[0]),
+            "latents": torch.nn.functional.normalize(W_LD[some], dim=1),
+            "A - B": unit(mean["needs"][0] - mean["needs"][1])[None],
+            "needs - none": unit(mean["needs"][m] - mean["none"][m])[None]}
+
+
+def claims_of(s, p, latents, alpha, c):
+    """[(title, model changed, delta_ND, what is hoped for: -1 calls stop, +1 calls begin)].
+
+    c (K, |S|): strengths at which the latents are put into the other model, named by c's keys."""
+    home, names, W = home_of(s.cc, latents), "AB", raw_decoder(s.cc)[latents]
+    own, other, down = names[home], names[1 - home], -1 if home == 0 else 1
+    f_ND, n = written(s.cc, p.f, latents, home), len(p.prompts)
+    claims = [(f"{own} without it", own, -f_ND, down)]
+    if alpha is not None:
+        claims.append((f"{own}, alpha = {alpha:g}", own, (alpha - 1) * f_ND, -down))
+    return claims + [(f"{other} + its {name}", other, (v @ W[:, home]).expand(n, -1), -down)
+                     for name, v in c.items()]
+
+
+def judge(delta, controls, hoped):
+    """"no", "beyond random" (random directions and latents) or "beyond every control"."""
+    sign = 1 if hoped > 0 else -1
+    clear = min(sign * delta["lo"], sign * delta["hi"]) > 0
+    beyond = {name: all(sign * delta["pp"] > sign * c for c in values)
+              for name, values in controls.items()}
+    if not clear or not all(beyond.get(name, True) for name in ("random", "latents")):
+        return "no"
+    return "beyond every control" if all(beyond.values()) else "beyond random"
+
+
+def against_controls(s, p, latents, claims, clean):
+    """A row per claim: its effect on exact (paired interval), each control's, the verdict."""
+    rows = []
+    for title, m, delta_ND, hoped in claims:
+        dirs = directions(s, latents, "AB".index(m))
+        signs = {"random": 1, "latents": -1 if "without" in title else 1,
+                 "A - B": hoped, "needs - none": hoped}
+        stacked = torch.cat([signs[name] * same_length(delta_ND, u) for name, u in dirs.items()])
+        texts = outputs_of(s, p, m, torch.cat([delta_ND[None], stacked]))
+        change = [paired(exacts(t, p), exacts(clean[m], p)) for t in texts]
+        values = [c["pp"] for c in change[1:]]
+        controls = {name: [values.pop(0) for _ in u] for name, u in dirs.items()}
+        rows.append({"claim": title, "effect": change[0], "controls": controls,
+                     "verdict": judge(change[0], controls, hoped)})
+    return rows
+
+
+def everywhere(s, p, latents, clean):
+    """The two claims of necessity at every token of prompt and answer, against random directions:
+    what the latents write is taken away at this layer; their direction is gone from every layer.
+    For exclusive latents, which can be read off one model alone."""
+    home = home_of(s.cc, latents)
+    m, hoped, W = "AB"[home], -1 if home == 0 else 1, raw_decoder(s.cc)[latents, home]
+    model, rows = s.models[m], []
+    edits = {f"{m} without it, every token": lambda u: patch(
+                 model, s.layer, taken_away(s.cc, latents, home, u), "all"),
+             f"{m}, projected out of every layer": lambda u: projected_out(
+                 model, W if u is None else u[None])}
+    for title, context in edits.items():
+        change = [paired(exacts(outputs_in(s, p, m, lambda: context(u)), p), exacts(clean[m], p))
+                  for u in (None, *random_units(10, W[0]))]
+        controls = {"random": [c["pp"] for c in change[1:]]}
+        rows.append({"claim": title, "effect": change[0], "controls": controls,
+                     "verdict": judge(change[0], controls, hoped)})
+    return rows
+
+
+@torch.no_grad()
+def cross_entropy(model, tokenizer, texts, context):
+    """(N,) mean cross-entropy in nats per token of plain texts, inside context()."""
+    out = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        ids = ids[:, :512].to(model.device)
+        with context():
+            logits = model(input_ids=ids).logits[0, :-1].float()
+        out.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
+    return np.array(out)
+
+
+def on_plain_text(s, latents, n=100):
+    """Change in cross-entropy on plain test texts when the latents are taken away at every token,
+    beside 10 random directions of the same lengths; with an interval over texts."""
+    home = home_of(s.cc, latents)
+    rows = [r["text"] for r in read_rows(s.settings["plain_texts"], 20 * n)
+            if split_of(r) == "test" and len(r["text"].split()) > 3][:n]
+    model = s.models["AB"[home]]
+
+    def under(u):
+        edit = taken_away(s.cc, latents, home, u)
+        return cross_entropy(model, s.tokenizer, rows, lambda: patch(model, s.layer, edit, "all"))
+    clean = cross_entropy(model, s.tokenizer, rows, contextlib.nullcontext)
+    effect = paired(under(None) / 100, clean / 100)  # paired() gives hundredths
+    return {"nats": effect["pp"], "lo": effect["lo"], "hi": effect["hi"], "n": len(rows),
+            "clean": float(clean.mean()), "random": [
+                float((under(u) - clean).mean()) for u in random_units(10, s.cc.b_dec[0])]}
+
+
+def null_run(s):
+    """(folder, hits) of a run beside this one whose models are the same twice: how many of its
+    A-exclusive latents pass for tool latents of A alone? (None, the command) if there is none."""
+    keys = ("model_a", "layer", "dict", "k", "excl")
+    for file in sorted(s.folder.parent.glob("*/run.json")):
+        other = json.loads(file.read_text())
+        if other["model_b"] == other["model_a"] and (file.parent / "metrics.json").exists() and all(
+                other[k] == s.settings.get(k) for k in keys):
+            cc, settings, folder = open_run(file.parent, None, s.device)
+            sets, _ = gather(SimpleNamespace(**settings | {"out": folder}), s.device, train=False)
+            return str(folder), sum(map(specific, ranking(cc, sets)))
+    flags = f"--dict {s.settings['dict']} --k {s.settings['k']} --layer {s.layer}"
+    return None, f"python dfc.py --model-b {s.settings['model_a']} {flags} --out runs/null"
+
+
+def choose_alpha(s, latents, alphas, n=30):
+    """The alpha above 1 that gives A (for B-exclusive latents: B) most exact calls on dev rows."""
+    up = [a for a in alphas if a > 1]
+    if len(up) < 2:
+        return up[0] if up else None
+    kept = read_test(s.settings, s.tokenizer, split="dev")
+    p = place(s, some_of_each([k for k in kept if k[1]["calls"]], n))
+    home = home_of(s.cc, latents)
+    f_ND = written(s.cc, p.f, latents, home)
+    texts = outputs_of(s, p, "AB"[home], torch.stack([(a - 1) * f_ND for a in up]))
+    return up[int(np.argmax([np.mean(exacts(t, p)) for t in texts]))]
+
+
+def one_latent(s, args):
+    """The table of a latent (or a set): effects, claims beside controls, one text, the verdict."""
+    began, latents = time.time(), args.latents or [chosen(s)]
+    kept = some_of_each(read_test(s.settings, s.tokenizer), args.rows)
+    p, home, m = place(s, kept), home_of(s.cc, latents), "AB"[home_of(s.cc, latents)]
+    other = "AB"[1 - home]
+    f_ND, W_SD = written(s.cc, p.f, latents, home), raw_decoder(s.cc)[latents, home]
+    if not (p.f[:, latents] > 0).any() and args.clamp is None:
+        raise Problem(f"latents {latents} never fire on these prompts: scaling them does nothing, "
+                      f"--clamp gives them a value")
+    dev_f = s.cc.encode(s.sets["needs"].float().to(s.device))[:, latents].detach()
+    c = {"mean": dev_f.mean(0), "maximum": dev_f.max(0).values}
+    outputs = {name: {"clean": outputs_of(s, p, name)[0]} for name in "AB"}
+    own = {f"alpha = {a:g}": (a - 1) * f_ND for a in args.alpha}
+    if args.clamp is not None:
+        own |= {f"clamp {args.clamp:g}": (args.clamp - p.f[:, latents]) @ W_SD}
+    into = {f"+ its {name}": (v @ W_SD).expand(len(kept), -1) for name, v in c.items()}
+    for name, deltas in ((m, own), (other, into)):
+        texts = outputs_of(s, p, name, torch.stack(list(deltas.values())), args.positions)
+        outputs[name] |= dict(zip(deltas, texts))
+    scores, result = summary(outputs, p.records)
+    print(f"\n{s.folder}, layer {s.layer}, {NAMES[part_of(s.cc, latents)]} "
+          f"latent{'s' * (len(latents) > 1)} {' '.join(map(str, latents))}, "
+          f"positions {args.positions}")
+    print_versions(result, {}, True)
+    needs = place(s, [k for k in kept if k[1]["calls"]])
+    clean = {name: [t for t, r in zip(o["clean"], p.records) if r["calls"]]
+             for name, o in outputs.items()}
+    claims = claims_of(s, needs, latents, choose_alpha(s, latents, args.alpha), c)
+    rows = against_controls(s, needs, latents, claims, clean)
+    if part_of(s.cc, latents) != "shared":
+        rows += everywhere(s, needs, latents, clean)
+    print_claims(rows)
+    text = on_plain_text(s, latents) if part_of(s.cc, latents) != "shared" else None
+    null = null_run(s)
+    about = [r for r in s.rows if r["feature_idx"] in latents and r["contrast"] == "needs/none"]
+    print_about(s, about, text, null)
+    print_example(p, outputs, m, other)
+    write_rows(s.folder / "steer.jsonl", kept, outputs, scores)
+    add_metrics(s.folder, "steering", {
+        "latents": latents, "rows": args.rows, "positions": args.positions, "models": result,
+        "claims": rows, "ranking": about, "plain_text": text, "null": null,
+        "specific": sum(map(specific, s.rows)), "seconds": time.time() - began,
+        "versions": versions()})
+    print("verdict   " + "; ".join(f"{r['claim']}: {r['verdict']}" for r in rows))
+
+
+def part_of(cc, latents):
+    """The partition of the first of these latents."""
+    return next(n for n, p in cc.partitions().items() if p.start <= latents[0] < p.stop)
+
+
+def chosen(s):
+    """The best A-exclusive latent on dev rows; a plain crosscoder's best latent of all."""
+    part = "a_excl" if s.cc.n_a else "b_excl" if s.cc.n_b else "shared"
+    latent = best(s.rows, part)
+    if latent is None:
+        raise Problem(f"no {NAMES[part]} latent of {s.folder} fires more where a tool is needed: "
+                      f"name others with --latents, or train another crosscoder")
+    return latent
+
+
+def print_claims(rows):
+    """Claim, effect, the range of each kind of control, verdict."""
+    print(f"\n{'change of exact, pp':33s} effect, 95 %         random    latents  A - B  needs-none")
+    for r in rows:
+        e, spans = r["effect"], []
+        for name in ("random", "latents", "A - B", "needs - none"):
+            values = r["controls"].get(name, [])
+            low, high = (min(values), max(values)) if values else (None, None)
+            spans.append("-" if not values else f"{low:.0f}..{high:.0f}" if len(values) > 1
+                         else f"{low:.0f}")
+        effect = f"{e['pp']:+.1f} [{e['lo']:+.1f}, {e['hi']:+.1f}]"
+        print(f"{r['claim']:33s}{effect:>21s}{spans[0]:>9s}{spans[1]:>10s}{spans[2]:>7s}"
+              f"{spans[3]:>12s}  {r['verdict']}")
+
+
+def print_about(s, about, text, null):
+    """Exclusivity, plain text, the null run."""
+    print()
+    for r in about:
+        print(f"latent {r['feature_idx']}: d {r['cohens_d']:.2f}, AUROC {r['auroc']:.3f}, nu_error "
+              f"{r['nu_error']:.2f}, nu_recon {r['nu_recon']:.2f}, mirror in B-exclusive "
+              f"{r['mirror_b']:.2f}, in shared {r['mirror_shared']:.2f} (dev, needs/none)")
+    if text:
+        print(f"plain text, taken away at every token: cross-entropy {text['nats']:+.3f} nats "
+              f"[{text['lo']:+.3f}, {text['hi']:+.3f}] (clean {text['clean']:.2f}, "
+              f"{text['n']} texts); random {min(text['random']):+.3f}..{max(text['random']):+.3f}")
+    print(f"A-exclusive latents that pass as tool latents of A alone (AUROC >= .9, nu_error < .2, "
+          f"nu_recon < .5): {sum(map(specific, s.rows))} of {s.cc.n_a}")
+    print(f"null, {null[0]}: {null[1]} pass" if null[0] else f"null: none beside it; make one with "
+          f"{null[1]}")
+
+
+def print_example(p, outputs, m, other):
+    """One prompt's answers before and after (the paper's Figure 5)."""
+    i = next((i for i, r in enumerate(p.records)
+              if r["calls"] and score(outputs[m]["clean"][i], r)["exact"]), 0)
+    print(f"\nquestion: {p.records[i]['messages'][-1]['content']}")
+    for name, version in ((m, "clean"), (m, list(outputs[m])[1]), (other, "clean"),
+                          (other, list(outputs[other])[-1])):
+        print(f"  {name}, {version}: {outputs[name][version][i]!r}")
+    print()
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Grid: how many latents, how strong?
+# ---------------------------------------------------------------------------------------------
+
+SIZES = (1, 2, 4, 8, 16, 32)
+
+
+def groups(s):
+    """{name: its latents, best first}: each partition, A-exclusive with shared; of a plain
+    crosscoder all."""
+    ranked = [r for r in s.rows if r["contrast"] == "needs/none"]
+    if not s.cc.n_a + s.cc.n_b:
+        return {"all": [r["feature_idx"] for r in ranked]}
+    names = {"A-exclusive": ["a_excl"], "shared": ["shared"], "B-exclusive": ["b_excl"],
+             "A-exclusive + shared": ["a_excl", "shared"]}
+    out = {name: [r["feature_idx"] for r in ranked if r["partition"] in parts]
+           for name, parts in names.items()}
+    return {name: latents for name, latents in out.items() if latents}
+
+
+def cells_of(s, alphas):
+    """Every (group, size, alpha): the first `size` latents of a group at strength alpha on A."""
+    return [{"group": name, "size": n, "alpha": a, "latents": latents[:n]}
+            for name, latents in groups(s).items() for n in SIZES if n <= len(latents)
+            for a in alphas if a != 1]
+
+
+def key_of(cell):
+    return cell["split"], cell["group"], cell["size"], cell["alpha"]
+
+
+def grid(s, args, at_once=8):
+    """Answer every cell on dev and on test rows that need a tool -> finished cells. Each group of
+    cells is written to grid.jsonl as it is done; what is there already is not done again."""
+    from tqdm import tqdm
+    file, cells = s.folder / "grid.jsonl", []
+    how = {"rows": args.rows, "alphas": list(args.alpha), "max_new": s.max_new}
+    done = read_grid(file, how)
+    for split in ("dev", "test"):
+        kept = [k for k in read_test(s.settings, s.tokenizer, split=split) if k[1]["calls"]]
+        kept = some_of_each(kept, args.rows)
+        todo = [c | {"split": split} for c in cells_of(s, args.alpha)]
+        finished = {key_of(c): c for c in done}
+        clean_cell = {"split": split, "group": "clean", "size": 0, "alpha": 1., "latents": []}
+        missing = [c for c in [clean_cell, *todo] if key_of(c) not in finished]
+        p = place(s, kept) if missing else None
+        for i in tqdm(range(0, len(missing), at_once), desc=f"grid, {split}", leave=False):
+            some = missing[i:i + at_once]
+            deltas = [(c["alpha"] - 1) * written(s.cc, p.f, c["latents"], 0) for c in some]
+            texts = outputs_of(s, p, "A", torch.stack(deltas))
+            new = [c | {"how": how, "outputs": t, "exact": exacts(t, p)}
+                   for c, t in zip(some, texts)]
+            append_lines(file, new)
+            finished |= {key_of(c): c for c in new}
+        cells += [finished[key_of(c)] for c in [clean_cell, *todo]]
+    return cells
+
+
+def read_grid(file, how):
+    """Whole cells of grid.jsonl made the same way. A line cut short by a kill is left out."""
+    cells = []
+    for line in file.read_text().split("\n") if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            cells.append(json.loads(line))
+    return [c for c in cells if c["how"] == how]
+
+
+def append_lines(file, rows):
+    """Add lines at the end, beginning a new line if the last one was cut short."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    cut = file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n")
+    with open(file, "a") as f:
+        f.write("\n" * bool(cut) + text)
+
+
+def best_of(cells, **where):
+    """The cell with most exact calls on dev among those with these fields, and its effect on test
+    (paired interval): chosen on one, reported on the other."""
+    clean = {c["split"]: c["exact"] for c in cells if c["group"] == "clean"}
+    some = [c for c in cells if all(c[k] == v for k, v in where.items()) and c["group"] != "clean"]
+    top = max((c for c in some if c["split"] == "dev"), key=lambda c: sum(c["exact"]))
+    test = next(c for c in some if key_of(c) == ("test", *key_of(top)[1:]))
+    return {"group": top["group"], "size": top["size"], "alpha": top["alpha"],
+            "dev": paired(top["exact"], clean["dev"]), "test": paired(test["exact"], clean["test"])}
+
+
+def grid_report(s, cells):
+    """Saturation curve, best alpha, heat map; returns them for metrics.json."""
+    out = {}
+    for name in dict.fromkeys(c["group"] for c in cells if c["group"] != "clean"):
+        mine = [c for c in cells if c["group"] in (name, "clean")]
+        fields = {f: sorted({c[f] for c in mine if c["group"] == name}) for f in ("size", "alpha")}
+        out[name] = {f: [best_of(mine, **{f: v}) for v in values] for f, values in fields.items()}
+        out[name]["best"] = best_of(mine)
+        for f, title in (("size", "|S|"), ("alpha", "alpha")):
+            print(f"\n{name}: best cell at each {title}, chosen on dev, change of exact on test\n"
+                  f"{title:>6s}   other   dev pp   test pp, 95 %")
+            for row in out[name][f]:
+                other = row["alpha" if f == "size" else "size"]
+                t = row["test"]
+                print(f"{row[f]:6g}{other:8g}{row['dev']['pp']:+9.1f}{t['pp']:+10.1f} "
+                      f"[{t['lo']:+.1f}, {t['hi']:+.1f}]")
+        heat_map(mine, name, fields)
+    return out
+
+
+def heat_map(cells, name, fields):
+    """Change of exact on dev, a row for each |S| and a column for each alpha."""
+    clean = next(c["exact"] for c in cells if c["group"] == "clean" and c["split"] == "dev")
+    value = {(c["size"], c["alpha"]): 100 * (np.mean(c["exact"]) - np.mean(clean))
+             for c in cells if c["split"] == "dev" and c["group"] == name}
+    print(f"\n{name}: change of exact on dev, pp\n   |S|" + "".join(
+        f"{'a ' + format(a, 'g'):>8s}" for a in fields["alpha"]))
+    for n in fields["size"]:
+        print(f"{n:6d}" + "".join(f"{value[n, a]:+8.1f}" for a in fields["alpha"]))
+
+
+def grids(scenes, args):
+    """The grid of each run; with several layers their best cells together."""
+    bests = []
+    for s in scenes:
+        began, cells = time.time(), grid(s, args)
+        print(f"\n{s.folder}, layer {s.layer}: {len(cells)} cells, "
+              f"{len(cells[0]['exact'])} prompts each")
+        result = grid_report(s, cells)
+        bests.append({"run": str(s.folder), "layer": s.layer, **best_of(cells)})
+        add_metrics(s.folder, "grid", {"groups": result, "best": bests[-1],
+                                       "seconds": time.time() - began, "versions": versions()})
+        b = bests[-1]
+        print(f"\nbest cell: {b['group']}, |S| {b['size']}, alpha {b['alpha']:g}: test "
+              f"{b['test']['pp']:+.1f} [{b['test']['lo']:+.1f}, {b['test']['hi']:+.1f}] pp "
+              f"(paper: one A-exclusive latent, alpha 32: +65.0 [47.9, 82.1])")
+    layers = {b["layer"] for b in bests}
+    if len(layers) > 1:
+        effects = [max((b for b in bests if b["layer"] == layer), key=lambda b: b["dev"]["pp"])
+                   ["test"]["pp"] for layer in sorted(layers)]
+        print("\nbest cell per layer, change on test: " + ", ".join(
+            f"{layer}: {e:+.1f}" for layer, e in zip(sorted(layers), effects)))
+        p = f"sign-flip p {sign_flip(effects):.4f}" if len(effects) > 5 else \
+            "too few layers for a p-value"
+        print(f"mean {np.mean(effects):+.1f}, d_z {cohens_dz(effects):.2f}, {p} "
+              f"(paper: +43.3 over 9 layers, d_z 1.61)")
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Your own prompt, and where a latent fires
+# ---------------------------------------------------------------------------------------------
+
+
+def own_prompt(s, text):
+    """A one-row scene: the text as the user's message, under the first test row's system text."""
+    kept = read_test(s.settings, s.tokenizer)[0]
+    if not text.strip():
+        raise Problem("the prompt is empty: give the user's words")
+    turns = [t if t["role"] == "system" else t | {"content": text} for t in kept[1]["messages"]]
+    turns = [t for t in turns if t["role"] == "system"] + [t for t in turns
+                                                          if t["role"] == "user"][-1:]
+    prompt = s.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    print(f"tools: {', '.join(kept[1]['tools'])}   (the first test row's)")
+    return place(s, [({}, kept[1] | {"messages": turns, "calls": []}, prompt)])
+
+
+def steer_prompt(s, args):
+    """Clean and steered answers to one prompt."""
+    p, latents = own_prompt(s, args.prompt), args.latents or [chosen(s)]
+    home, W_SD = home_of(s.cc, latents), raw_decoder(s.cc)[latents, home_of(s.cc, latents)]
+    f_NS = p.f[:, latents]
+    print(f"latents {latents}: {', '.join(f'{v:.2f}' for v in f_NS[0].tolist())} at its last token")
+    if args.clamp is None and not f_NS.any():
+        raise Problem(f"latents {latents} do not fire on this prompt: scaling them does nothing, "
+                      f"--clamp gives them a value")
+    if args.clamp is not None:
+        deltas = {f"clamp {args.clamp:g}": (args.clamp - f_NS) @ W_SD}
+    else:
+        deltas = {f"alpha {a:g}": (a - 1) * f_NS @ W_SD for a in args.alpha}
+    m = "AB"[home]
+    texts = outputs_of(s, p, m, torch.stack(list(deltas.values())), args.positions)
+    for name, text in [("clean", outputs_of(s, p, m)[0]), *zip(deltas, texts)]:
+        print(f"\n--- {m}, {name}\n{text[0]}")
+
+
+@torch.no_grad()
+def monitor(s, args):
+    """Each token of a prompt and of A's answer with the latent's values: bar and number are what it
+    reads there (an exclusive latent: in its own model alone); * where it survives the top k, which
+    depends on both models."""
+    p, latents = own_prompt(s, args.monitor), args.latents or [chosen(s)]
+    text = p.prompts[0] + outputs_of(s, p, "A")[0][0].removeprefix(opened(p.prompts[0]))
+    ids = torch.tensor([s.tokenizer(text, add_special_tokens=False)["input_ids"]], device=s.device)
+    x_SMD = torch.stack([residuals(m, ids, [s.layer])[s.layer][0] for m in s.models.values()], 1)
+    pre_SL, f_SL = s.cc.preactivations(s.cc.normalise(x_SMD)), s.cc.encode(x_SMD)
+    for latent in latents:
+        top = pre_SL[:, latent].max().item() or 1.
+        print(f"\nlatent {latent}   (| ends the prompt, * survives the top {s.cc.k})")
+        end = len(s.tokenizer(p.prompts[0], add_special_tokens=False)["input_ids"]) - 1
+        for i, token in enumerate(ids[0].tolist()):
+            value = pre_SL[i, latent].item()
+            print(f"{s.tokenizer.decode([token])!r:>20s} {value:7.2f} "
+                  f"{'*' if f_SL[i, latent] > 0 else ' '}{'|' if i == end else ' '} "
+                  f"{'#' * round(40 * value / top)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. The program
+# ---------------------------------------------------------------------------------------------
+
+
+def parse_args(argv):
+    p = Parser(prog="steer.py", description=__doc__.split("\n")[0])
+    finite = number(float, -1e9, 1e9)
+    p.add_argument("runs", nargs="*", type=Path, help="run folders (default: the newest)")
+    p.add_argument("--crosscoder", help="a crosscoder without a run: folder or hub name")
+    p.add_argument("--preset", choices=MAX_NEW, help="models and texts for --crosscoder")
+    p.add_argument("--latents", nargs="+", type=number(int, 0), help="default: the best one on dev")
+    p.add_argument("--alpha", nargs="+", type=finite, default=ALPHAS, help="strengths; 1 = clean")
+    p.add_argument("--clamp", type=finite, help="set the latents to this value instead of scaling")
+    p.add_argument("--positions", choices=["last", "all"], default="last", help="steered tokens")
+    p.add_argument("--rows", type=number(int, 1), default=60, help="test rows of each kind")
+    p.add_argument("--max-new", type=number(int, 1), help="tokens of an answer")
+    p.add_argument("--prompt", help="steer this user message and print the texts")
+    p.add_argument("--monitor", metavar="PROMPT", help="print where the latent fires")
+    p.add_argument("--grid", action="store_true", help="number of latents by strength")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    scenes = stage(args)
+    for s in scenes:
+        if max(args.latents or [0]) >= len(s.cc.b_enc):
+            raise Problem(f"latent {max(args.latents)} is outside {s.folder}'s dictionary of "
+                          f"{len(s.cc.b_enc)}")
+    if args.grid:
+        return grids(scenes, args)
+    work = steer_prompt if args.prompt is not None else \
+        monitor if args.monitor is not None else one_latent
+    for s in scenes:
+        work(s, args)
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))
