@@ -114,6 +114,16 @@ class Crosscoder(nn.Module):
             W_dec = torch.cat([one_each, both.mean(1, keepdim=True).expand_as(both)])
         return W_dec * self.dec_mask[..., None]
 
+    @torch.no_grad()
+    def confine(self, W_enc, W_dec):
+        """In place: forbidden entries become zero, a tied latent's two decoder rows their mean.
+        Done to the weights once and to every gradient, it keeps decoder() equal to W_dec."""
+        a, b = self.n_a, self.n_a + self.n_b
+        for forbidden in (W_enc[1, :, :a], W_enc[0, :, a:b], W_dec[:a, 1], W_dec[a:b, 0]):
+            forbidden.zero_()
+        if self.tied:
+            W_dec[b:] = W_dec[b:].mean(1, keepdim=True)
+
     def preactivations(self, z_BMD):
         """Normalised vectors -> relu of what every latent reads, (B, L)."""
         W_enc = self.W_enc * self.enc_mask[:, None]
@@ -166,28 +176,79 @@ def l1_loss(f_Bk, norms_Bk, weight_Bk):
     return (weight_Bk * f_Bk * norms_Bk).sum(-1).mean()
 
 
-def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
+def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L, near=None):
     """Departure 4: let the dead latents of each partition explain what the living leave over.
 
     The residual is detached and b_dec stays out: dead latents learn from the error and do not push
     the rest. A partition is asked only for the models it writes, and each on its own, or the many
-    shared latents would win every place. (AuxK, arXiv 2406.04093 appendix A.2.)"""
+    shared latents would win every place. (AuxK, arXiv 2406.04093 appendix A.2.) near: per partition
+    the latents that may be dead, where they are known: to list them would make a GPU wait."""
     residual, total = (z_BMD - zhat_BMD).detach(), z_BMD.new_zeros(())
-    W_dec = cc.decoder()
-    for part in cc.partitions().values():
-        dead = dead_L[part].nonzero()[:, 0] + part.start
-        if len(dead):
-            top = pre_BL[:, dead].topk(min(len(dead), 2 * cc.k), dim=-1)
-            guess = sparse_decode(top.values, dead[top.indices], W_dec)
-            models = cc.dec_mask[part.start].bool()
-            total = total + (residual - guess)[:, models].pow(2).mean()
+    models = slice(0, 1), slice(1, 2), slice(0, 2)
+    for latents, m in zip(near or partition_lists(cc, dead_L), models):
+        if len(latents):
+            dead = dead_L[latents]
+            top = (pre_BL[:, latents] * dead).topk(min(len(latents), 2 * cc.k), dim=-1)
+            index = latents[top.indices]
+            guess = sparse_decode(sparse_encode(cc, z_BMD, top.values, index), index, cc.W_dec)
+            total = total + (residual - guess)[:, m].pow(2).mean() * dead.any()
     return total
+
+
+def partition_lists(cc, which_L):
+    """The latents of a boolean vector as one list per partition."""
+    return [which_L[part].nonzero()[:, 0] + part.start for part in cc.partitions().values()]
+
+
+# The dense product that finds the k largest pre-activations cannot be avoided; all else touches k
+# of L latents of each vector, also backward. For that, two operations bring their own gradient.
+
+def add_outer(f_Bk, index_Bk, y_BE, n_rows):
+    """sum over b, k of f[b, k] y[b], added to row index[b, k] of (n_rows, E). Sorted by row it is
+    again a weighted sum of picked rows: no collisions, no outer products in memory."""
+    row, place = index_Bk.flatten().sort(stable=True)
+    first = torch.searchsorted(row, torch.arange(n_rows, device=row.device))
+    return F.embedding_bag(place // index_Bk.shape[1], y_BE.contiguous(), first, mode="sum",
+                           per_sample_weights=f_Bk.flatten()[place])
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, f_Bk, index_Bk, z_BE, W_EL, b_L):
+        ctx.save_for_backward(f_Bk, index_Bk, z_BE, b_L)
+        return f_Bk.clone()
+
+    @staticmethod
+    def backward(ctx, g_Bk):
+        f_Bk, index_Bk, z_BE, b_L = ctx.saved_tensors
+        g_Bk = g_Bk * (f_Bk > 0)
+        g_L = torch.zeros_like(b_L).index_add_(0, index_Bk.flatten(), g_Bk.flatten())
+        return None, None, None, add_outer(g_Bk, index_Bk, z_BE, len(b_L)).T, g_L
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, zhat_BE, f_Bk, index_Bk, W_LE):
+        ctx.save_for_backward(f_Bk, index_Bk, W_LE)
+        return zhat_BE.clone()
+
+    @staticmethod
+    def backward(ctx, g_BE):
+        f_Bk, index_Bk, W_LE = ctx.saved_tensors
+        return g_BE, None, None, add_outer(f_Bk, index_Bk, g_BE, len(W_LE))
+
+
+def sparse_encode(cc, z_BMD, f_Bk, index_Bk):
+    """The known values f of the latents at index, as a function of W_enc and b_enc."""
+    W_EL = cc.W_enc.flatten(0, 1)
+    return _Encode.apply(f_Bk.detach(), index_Bk, z_BMD.flatten(1), W_EL, cc.b_enc)
 
 
 def sparse_decode(f_Bk, index_Bk, W_LMD):
     """sum_k f W[index] -> (B, M, D): decode, touching only the active rows."""
-    flat = F.embedding_bag(index_Bk, W_LMD.flatten(1), per_sample_weights=f_Bk, mode="sum")
-    return flat.view(len(f_Bk), *W_LMD.shape[1:])
+    W_LE = W_LMD.flatten(1)
+    zhat = F.embedding_bag(index_Bk, W_LE.detach(), per_sample_weights=f_Bk, mode="sum")
+    return _Decode.apply(zhat, f_Bk.detach(), index_Bk, W_LE).view(-1, *W_LMD.shape[1:])
 
 
 def fve(x_BMD, xhat_BMD):
@@ -564,7 +625,11 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
     write."""
     from tqdm import tqdm
     device, published = x_NMD.device, recipe == "paper"
+    cc.confine(cc.W_enc.data, cc.W_dec.data)
+    torch.empty(31 << 20, dtype=torch.uint8)
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pre_BL = torch.empty(min(batch, len(x_NMD)), len(cc.b_enc), dtype=kind, device=device)
     silent, begin = torch.zeros(len(cc.b_enc), dtype=torch.long, device=device), 0
     weight = torch.full((len(cc.b_enc),), l1_shared, device=device)
     weight[:cc.n_a + cc.n_b] = l1_excl
@@ -578,22 +643,26 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
     for step in bar:
         for group in opt.param_groups:
             group["lr"] = lr if published else lr * lr_at(step, steps)
-        z_BMD = cc.normalise(x_NMD[batch_indices(len(x_NMD), batch, step, seed).to(device)])
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            pre_BL = cc.preactivations(z_BMD).float()
-        top, W_dec = pre_BL.topk(cc.k, dim=-1, sorted=False), cc.decoder()
-        zhat_BMD = sparse_decode(top.values, top.indices, W_dec) + cc.b_dec
+        chosen = batch_indices(len(x_NMD), batch, step, seed).to(device, non_blocking=True)
+        z_BMD = cc.normalise(x_NMD[chosen])
+        with torch.no_grad():
+            parts = (t.to(kind) for t in (cc.b_enc, z_BMD.flatten(1), cc.W_enc.flatten(0, 1)))
+            top = torch.addmm(*parts, out=pre_BL).relu_().topk(cc.k, dim=-1, sorted=False)
+        f_Bk = sparse_encode(cc, z_BMD, top.values.float(), top.indices)
+        zhat_BMD = sparse_decode(f_Bk, top.indices, cc.W_dec) + cc.b_dec
+        mean_L = torch.zeros_like(weight).index_add(0, top.indices.flatten(), f_Bk.flatten() / len(f_Bk))
         terms = [(z_BMD - zhat_BMD).pow(2).mean(), *z_BMD.new_zeros(2)]
         if published:
-            terms[1] = (weight[top.indices] * top.values).sum(-1).mean() / len(cc.b_enc)
+            terms[1] = (weight * mean_L).mean()
         else:
-            norms = W_dec.flatten(1).norm(dim=1)
-            terms[1] = l1_loss(top.values, norms[top.indices], weight[top.indices])
-            silent += 1
-            silent[top.indices[top.values > 0]] = 0
-            terms[2] = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent > dead_after)
+            terms[1] = l1_loss(mean_L, cc.W_dec.flatten(1).norm(dim=1), weight)
+            silent = (silent + 1) * (mean_L == 0)
+            if step % 50 == 0 or step == begin:  # all that can be dead before the next look
+                near = partition_lists(cc, silent > dead_after - 50)
+            terms[2] = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent > dead_after, near)
         opt.zero_grad()
         sum(terms).backward()
+        cc.confine(cc.W_enc.grad, cc.W_dec.grad)
         nn.utils.clip_grad_norm_(cc.parameters(), 1.)
         opt.step()
         if step >= .9 * steps:

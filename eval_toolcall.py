@@ -664,20 +664,21 @@ def summary(outputs, records):
 def print_versions(result, chances, gold):
     """One block a model, one line a version, and the chance lines; without gold no exact."""
     def line(name, total, delta):
-        shown = f"{name:20s}"
-        for column, group in (("exact", "needs"), ("false_call", "none"), ("paper_tool", "needs")):
+        shown = f"{name:19s}"
+        for column, group in (("exact", "needs"), ("called", "needs"), ("false_call", "none"),
+                              ("paper_tool", "needs")):
             known = gold or column != "exact"
             v, d = total.get(group, {}).get(column), delta.get(column)
             shown += f"{v['pct']:8.1f}" if known and v else f"{'-':>8s}"
-            if column != "false_call":
+            if column in ("exact", "paper_tool"):
                 change = f"{d['pp']:+.1f} [{d['lo']:+.1f}, {d['hi']:+.1f}]" if known and d else ""
-                shown += f"  {change:23s}"
+                shown += f"  {change:21s}"
         print(shown.rstrip())
     for model, versions in result.items():
         n = {group: total["n"] for group, total in versions["clean"]["totals"].items()}
-        print(f"\ninto {model}: exact and paper_tool on {n.get('needs', 0)} rows that need a tool, "
-              f"false calls on {n.get('none', 0)} that do not\n"
-              f"{'exact %':>28s}  {'change, 95 %':23s} false %  tool %  change, 95 %")
+        print(f"\ninto {model}: {n.get('needs', 0)} rows that need a tool; false calls on "
+              f"{n.get('none', 0)} that do not\n{'exact %':>27s}  {'change, 95 %':21s}"
+              f"called % false %  tool %  change, 95 %")
         for name, v in versions.items():
             line(name, v["totals"], {} if name == "clean" else v["delta"])
     print("\nchance" if chances else "")

@@ -32,7 +32,7 @@ import contextlib
 import csv
 import io
 import json
-import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -41,11 +41,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from dfc import (CONTRASTS, Parser, Problem, blocks, cli, collect, gather, number, rank_latents,
+from dfc import (CONTRASTS, Parser, Problem, blocks, cli, gather, number, rank_latents,
                  read_rows, residuals, split_of, versions, write)
 from eval_toolcall import (MAX_NEW, NAMES, add_metrics, answer, generate, load_both, newest,
-                           open_run, open_runs, opened, pair_vectors, paired, patch, prefill, print_versions,
-                           read_test, replace, score, summary, write_rows)
+                           open_run, open_runs, opened, pair_vectors, paired, patch, prefill,
+                           print_versions, read_test, replace, score, summary, write_rows)
 
 # ---------------------------------------------------------------------------------------------
 # 1. Which latents? Ranking and exclusivity
@@ -219,8 +219,8 @@ def stage(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = args.runs + [args.crosscoder] * bool(args.crosscoder) or [newest()]
     runs = open_runs(names, args.preset, device)
-    if len({cc.b_dec.shape[1] for cc, _, _ in runs}) > 1:
-        raise Problem("these runs are of different widths: steer them apart")
+    if not args.grid and len({s["layer"] for _, s, _ in runs}) > 1:
+        raise Problem("these runs are of different layers: --grid compares them, else give one")
     models, tokenizer = load_both(runs, device)
     scenes = []
     for cc, settings, folder in runs:
@@ -230,9 +230,10 @@ def stage(args):
             folder.mkdir(parents=True, exist_ok=True)
             write_ranking(folder / "ranking.csv", rows)
         max_new = args.max_new or MAX_NEW[settings["preset"]]
+        limit = models["A"].config.max_position_embeddings - max_new
         scenes.append(SimpleNamespace(cc=cc, settings=settings, folder=folder, models=models,
                                       layer=settings["layer"], tokenizer=tokenizer, sets=sets,
-                                      rows=rows, max_new=max_new, device=device))
+                                      rows=rows, max_new=max_new, limit=limit, device=device))
     return scenes
 
 
@@ -298,8 +299,9 @@ def unit(v_D):
 
 
 def directions(s, latents, m, n=10):
-    """{name: units_VD} that a claim's direction has to beat when model m is changed: n random
-    ones, n other live latents of the same partition, and the two differences of means."""
+    """({name: units_VD}, the latents drawn) that a claim's direction has to beat when model m is
+    changed: n random directions, n other live latents of the same partition, and the two
+    differences of means."""
     W_LD, x = raw_decoder(s.cc)[:, home_of(s.cc, latents)], s.sets
     part = next(p for p in s.cc.partitions().values() if p.start <= latents[0] < p.stop)
     with torch.no_grad():
@@ -311,7 +313,7 @@ def directions(s, latents, m, n=10):
     return {"random": random_units(n, W_LD[0]),
             "latents": torch.nn.functional.normalize(W_LD[some], dim=1),
             "A - B": unit(mean["needs"][0] - mean["needs"][1])[None],
-            "needs - none": unit(mean["needs"][m] - mean["none"][m])[None]}
+            "needs - none": unit(mean["needs"][m] - mean["none"][m])[None]}, some
 
 
 def claims_of(s, p, latents, alpha, c):
@@ -329,21 +331,20 @@ def claims_of(s, p, latents, alpha, c):
 
 
 def judge(delta, controls, hoped):
-    """"no", "beyond random" (random directions and latents) or "beyond every control"."""
-    sign = 1 if hoped > 0 else -1
-    clear = min(sign * delta["lo"], sign * delta["hi"]) > 0
-    beyond = {name: all(sign * delta["pp"] > sign * c for c in values)
-              for name, values in controls.items()}
-    if not clear or not all(beyond.get(name, True) for name in ("random", "latents")):
+    """"no", "beyond random" (random directions and other latents) or "beyond every control": the
+    effect's whole interval lies beyond 0 and beyond each of them, in the direction hoped for."""
+    least = min(hoped * delta["lo"], hoped * delta["hi"])
+    beyond = {name: all(least > hoped * c for c in values) for name, values in controls.items()}
+    if least <= 0 or not all(beyond.get(name, True) for name in ("random", "latents")):
         return "no"
     return "beyond every control" if all(beyond.values()) else "beyond random"
 
 
-def against_controls(s, p, latents, claims, clean):
+def against_controls(s, p, claims, latents, clean):
     """A row per claim: its effect on exact (paired interval), each control's, the verdict."""
     rows = []
     for title, m, delta_ND, hoped in claims:
-        dirs = directions(s, latents, "AB".index(m))
+        dirs, drawn = directions(s, latents, "AB".index(m))
         signs = {"random": 1, "latents": -1 if "without" in title else 1,
                  "A - B": hoped, "needs - none": hoped}
         stacked = torch.cat([signs[name] * same_length(delta_ND, u) for name, u in dirs.items()])
@@ -351,7 +352,7 @@ def against_controls(s, p, latents, claims, clean):
         change = [paired(exacts(t, p), exacts(clean[m], p)) for t in texts]
         values = [c["pp"] for c in change[1:]]
         controls = {name: [values.pop(0) for _ in u] for name, u in dirs.items()}
-        rows.append({"claim": title, "effect": change[0], "controls": controls,
+        rows.append({"claim": title, "effect": change[0], "controls": controls, "drawn": drawn,
                      "verdict": judge(change[0], controls, hoped)})
     return rows
 
@@ -418,68 +419,97 @@ def null_run(s):
             cc, settings, folder = open_run(file.parent, None, s.device)
             sets, _ = gather(SimpleNamespace(**settings | {"out": folder}), s.device, train=False)
             return str(folder), sum(map(specific, ranking(cc, sets)))
+    name = s.settings["model_a"]
+    name = os.path.relpath(name) if Path(name).exists() else name
     flags = f"--dict {s.settings['dict']} --k {s.settings['k']} --layer {s.layer}"
-    return None, f"python dfc.py --model-b {s.settings['model_a']} {flags} --out runs/null"
+    return None, f"make one with python dfc.py --model-b {name} {flags} --out {s.folder.parent}/null"
 
 
-def choose_alpha(s, latents, alphas, n=30):
-    """The alpha above 1 that gives A (for B-exclusive latents: B) most exact calls on dev rows."""
-    up = [a for a in alphas if a > 1]
-    if len(up) < 2:
-        return up[0] if up else None
-    kept = read_test(s.settings, s.tokenizer, split="dev")
+def strengths(s, latents, alphas, top_S, n=30):
+    """(alpha above 1, multiple of the latents' maxima) with most exact calls on dev rows: scaled up
+    at home, and put into the other model. None where no alpha is above 1."""
+    up, times = [a for a in alphas if a > 1], (1, 2, 4, 8)
+    kept = read_test(s.settings, s.tokenizer, limit=s.limit, split="dev")
     p = place(s, some_of_each([k for k in kept if k[1]["calls"]], n))
-    home = home_of(s.cc, latents)
-    f_ND = written(s.cc, p.f, latents, home)
-    texts = outputs_of(s, p, "AB"[home], torch.stack([(a - 1) * f_ND for a in up]))
-    return up[int(np.argmax([np.mean(exacts(t, p)) for t in texts]))]
+    home, out = home_of(s.cc, latents), []
+    f_ND, W_SD = written(s.cc, p.f, latents, home), raw_decoder(s.cc)[latents, home]
+    for m, values, deltas in (
+            ("AB"[home], up, [(a - 1) * f_ND for a in up]),
+            ("AB"[1 - home], times, [(t * top_S @ W_SD).expand_as(f_ND) for t in times])):
+        texts = outputs_of(s, p, m, torch.stack(deltas)) if values else []
+        out.append(values[int(np.argmax([np.mean(exacts(t, p)) for t in texts]))] if texts else None)
+    return out
 
 
 def one_latent(s, args):
-    """The table of a latent (or a set): effects, claims beside controls, one text, the verdict."""
-    began, latents = time.time(), args.latents or [chosen(s)]
-    kept = some_of_each(read_test(s.settings, s.tokenizer), args.rows)
-    p, home, m = place(s, kept), home_of(s.cc, latents), "AB"[home_of(s.cc, latents)]
-    other = "AB"[1 - home]
-    f_ND, W_SD = written(s.cc, p.f, latents, home), raw_decoder(s.cc)[latents, home]
-    if not (p.f[:, latents] > 0).any() and args.clamp is None:
+    """The table of a latent (or a set): effects, claims beside controls, one text, the verdict. Of
+    a run with B-exclusive latents also the best of those."""
+    sets_of_latents = [args.latents or [chosen(s)]]
+    twin = best(s.rows, "b_excl")
+    if not args.latents and s.cc.n_a and twin is not None:
+        sets_of_latents.append([twin])
+    results = [effects(s, args, latents) for latents in sets_of_latents]
+    null = null_run(s)
+    print(f"\nA-exclusive latents that pass as tool latents of A alone (AUROC >= .9, nu_error < .2, "
+          f"nu_recon < .5): {sum(map(specific, s.rows))} of {s.cc.n_a}")
+    print(f"null, {null[0]}: {null[1]} pass" if null[0] else f"null: no such run here; {null[1]}")
+    add_metrics(s.folder, "steering", {"results": results, "null": null, "versions": versions(),
+                                       "specific": sum(map(specific, s.rows))})
+    for r in results:
+        print(f"verdict   latent {' '.join(map(str, r['latents']))}: " + "; ".join(
+            f"{c['claim']}: {c['verdict']}" for c in r["claims"]))
+
+
+def effects(s, args, latents):
+    """Everything about one set of latents on test rows; prints it and returns it."""
+    began, home = time.time(), home_of(s.cc, latents)
+    kept = some_of_each(read_test(s.settings, s.tokenizer, limit=s.limit), args.rows)
+    p, m, other = place(s, kept), "AB"[home], "AB"[1 - home]
+    if args.clamp is None and not (p.f[:, latents] > 0).any():
         raise Problem(f"latents {latents} never fire on these prompts: scaling them does nothing, "
                       f"--clamp gives them a value")
-    dev_f = s.cc.encode(s.sets["needs"].float().to(s.device))[:, latents].detach()
-    c = {"mean": dev_f.mean(0), "maximum": dev_f.max(0).values}
-    outputs = {name: {"clean": outputs_of(s, p, name)[0]} for name in "AB"}
-    own = {f"alpha = {a:g}": (a - 1) * f_ND for a in args.alpha}
-    if args.clamp is not None:
-        own |= {f"clamp {args.clamp:g}": (args.clamp - p.f[:, latents]) @ W_SD}
-    into = {f"+ its {name}": (v @ W_SD).expand(len(kept), -1) for name, v in c.items()}
-    for name, deltas in ((m, own), (other, into)):
-        texts = outputs_of(s, p, name, torch.stack(list(deltas.values())), args.positions)
-        outputs[name] |= dict(zip(deltas, texts))
+    f_dev = s.cc.encode(s.sets["needs"].float().to(s.device))[:, latents].detach()
+    c = {"mean": f_dev.mean(0), "maximum": f_dev.max(0).values}
+    alpha, times = strengths(s, latents, args.alpha, c["maximum"])
+    if times > 1:
+        c[f"maximum x {times}"] = times * c["maximum"]
+    outputs = answers(s, p, args, latents, c)
     scores, result = summary(outputs, p.records)
-    print(f"\n{s.folder}, layer {s.layer}, {NAMES[part_of(s.cc, latents)]} "
-          f"latent{'s' * (len(latents) > 1)} {' '.join(map(str, latents))}, "
-          f"positions {args.positions}")
+    print(f"\n{s.folder}, layer {s.layer}, {NAMES[part_of(s.cc, latents)]} latent"
+          f"{'s' * (len(latents) > 1)} {' '.join(map(str, latents))}, positions {args.positions}")
     print_versions(result, {}, True)
     needs = place(s, [k for k in kept if k[1]["calls"]])
     clean = {name: [t for t, r in zip(o["clean"], p.records) if r["calls"]]
              for name, o in outputs.items()}
-    claims = claims_of(s, needs, latents, choose_alpha(s, latents, args.alpha), c)
-    rows = against_controls(s, needs, latents, claims, clean)
-    if part_of(s.cc, latents) != "shared":
-        rows += everywhere(s, needs, latents, clean)
+    rows = against_controls(s, needs, claims_of(s, needs, latents, alpha, c), latents, clean)
+    alone = part_of(s.cc, latents) != "shared"
+    rows += everywhere(s, needs, latents, clean) if alone else []
     print_claims(rows)
-    text = on_plain_text(s, latents) if part_of(s.cc, latents) != "shared" else None
-    null = null_run(s)
+    text = on_plain_text(s, latents) if alone else None
     about = [r for r in s.rows if r["feature_idx"] in latents and r["contrast"] == "needs/none"]
-    print_about(s, about, text, null)
+    print_about(about, text)
     print_example(p, outputs, m, other)
-    write_rows(s.folder / "steer.jsonl", kept, outputs, scores)
-    add_metrics(s.folder, "steering", {
-        "latents": latents, "rows": args.rows, "positions": args.positions, "models": result,
-        "claims": rows, "ranking": about, "plain_text": text, "null": null,
-        "specific": sum(map(specific, s.rows)), "seconds": time.time() - began,
-        "versions": versions()})
-    print("verdict   " + "; ".join(f"{r['claim']}: {r['verdict']}" for r in rows))
+    write_rows(s.folder / f"steer-{'-'.join(map(str, latents))}.jsonl", kept, outputs, scores)
+    return {"latents": latents, "rows": args.rows, "positions": args.positions, "alpha": alpha,
+            "times": times, "models": result, "claims": rows, "ranking": about, "plain_text": text,
+            "seconds": time.time() - began}
+
+
+def answers(s, p, args, latents, c):
+    """{model: {version: texts}}: clean, scaled at home, put into the other model."""
+    home, W_SD = home_of(s.cc, latents), raw_decoder(s.cc)[latents, home_of(s.cc, latents)]
+    f_ND, n = written(s.cc, p.f, latents, home), len(p.prompts)
+    own = {f"alpha = {a:g}": (a - 1) * f_ND for a in args.alpha}
+    if args.clamp is not None:
+        own |= {f"clamp {args.clamp:g}": (args.clamp - p.f[:, latents]) @ W_SD}
+    into = {f"+ its {name}": (v @ W_SD).expand(n, -1) for name, v in c.items()}
+    x = s.sets["needs"].float().mean(0).to(s.device)
+    into["+ mean difference"] = (x[home] - x[1 - home]).expand(n, -1)
+    out = {}
+    for m, deltas in (("AB"[home], own), ("AB"[1 - home], into)):
+        texts = outputs_of(s, p, m, torch.stack(list(deltas.values())), args.positions)
+        out[m] = {"clean": outputs_of(s, p, m)[0]} | dict(zip(deltas, texts))
+    return out
 
 
 def part_of(cc, latents):
@@ -512,8 +542,8 @@ def print_claims(rows):
               f"{spans[3]:>12s}  {r['verdict']}")
 
 
-def print_about(s, about, text, null):
-    """Exclusivity, plain text, the null run."""
+def print_about(about, text):
+    """Exclusivity and plain text."""
     print()
     for r in about:
         print(f"latent {r['feature_idx']}: d {r['cohens_d']:.2f}, AUROC {r['auroc']:.3f}, nu_error "
@@ -523,10 +553,6 @@ def print_about(s, about, text, null):
         print(f"plain text, taken away at every token: cross-entropy {text['nats']:+.3f} nats "
               f"[{text['lo']:+.3f}, {text['hi']:+.3f}] (clean {text['clean']:.2f}, "
               f"{text['n']} texts); random {min(text['random']):+.3f}..{max(text['random']):+.3f}")
-    print(f"A-exclusive latents that pass as tool latents of A alone (AUROC >= .9, nu_error < .2, "
-          f"nu_recon < .5): {sum(map(specific, s.rows))} of {s.cc.n_a}")
-    print(f"null, {null[0]}: {null[1]} pass" if null[0] else f"null: none beside it; make one with "
-          f"{null[1]}")
 
 
 def print_example(p, outputs, m, other):
@@ -535,7 +561,7 @@ def print_example(p, outputs, m, other):
               if r["calls"] and score(outputs[m]["clean"][i], r)["exact"]), 0)
     print(f"\nquestion: {p.records[i]['messages'][-1]['content']}")
     for name, version in ((m, "clean"), (m, list(outputs[m])[1]), (other, "clean"),
-                          (other, list(outputs[other])[-1])):
+                          (other, list(outputs[other])[-2])):
         print(f"  {name}, {version}: {outputs[name][version][i]!r}")
     print()
 
@@ -579,7 +605,7 @@ def grid(s, args, at_once=8):
     how = {"rows": args.rows, "alphas": list(args.alpha), "max_new": s.max_new}
     done = read_grid(file, how)
     for split in ("dev", "test"):
-        kept = [k for k in read_test(s.settings, s.tokenizer, split=split) if k[1]["calls"]]
+        kept = [k for k in read_test(s.settings, s.tokenizer, limit=s.limit, split=split) if k[1]["calls"]]
         kept = some_of_each(kept, args.rows)
         todo = [c | {"split": split} for c in cells_of(s, args.alpha)]
         finished = {key_of(c): c for c in done}
