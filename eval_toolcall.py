@@ -800,9 +800,10 @@ def evaluate(args):
            "max_new": args.max_new or MAX_NEW[runs[0][1]["preset"]]}
     todo = [run for run in runs
             if read_metrics(run[2]).get("evaluation", {}).get("how") != how | identity(run)]
-    if todo:
-        evaluate_runs(todo, how, device)
-    for _, _, folder in runs:
+    for run in runs:
+        if run not in todo:
+            report(run[2], args.show)
+    for folder in evaluate_runs(todo, how, device) if todo else ():
         report(folder, args.show)
 
 
@@ -813,7 +814,8 @@ def identity(run):
 
 
 def evaluate_runs(runs, how, device):
-    """Answers of both models, clean and patched, scored and saved in each run's folder."""
+    """Answers of both models, clean and patched, scored and saved in each run's folder; yields the
+    folders as they are done."""
     import torch
     models, tokenizer = load_both(runs, device)
     room = models["A"].config.get_text_config().max_position_embeddings - how["max_new"]
@@ -834,6 +836,7 @@ def evaluate_runs(runs, how, device):
             texts = answers(m, layer, torch.stack(list(vectors.values())))
             outputs[m] = clean[m] | dict(zip(vectors, texts))
         keep(folder, kept, outputs, how | identity(run), time.time() - began)
+        yield folder
 
 
 def keep(folder, kept, outputs, how, seconds):

@@ -35,9 +35,9 @@ settings() {
     for k in $KS; do
       echo "cc-$size-k$k --dict $dict --k $k --excl 0"
       echo "cc-$size-nol1-k$k --dict $dict --k $k --excl 0 --l1-shared 0"
-      for share in 03 05 10; do
-        echo "dfc-$size-excl$share-k$k --dict $dict --k $k --excl .$share"
-        echo "dfc-$size-excl$share-freeexcl-k$k --dict $dict --k $k --excl .$share --l1-excl 0"
+      for share in 3 5 10; do
+        echo "dfc-$size-excl$share-k$k --dict $dict --k $k --excl $(printf .%02d "$share")"
+        echo "dfc-$size-excl$share-freeexcl-k$k --dict $dict --k $k --excl $(printf .%02d "$share") --l1-excl 0"
       done
     done
   done

@@ -40,12 +40,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dfc import (CONTRASTS, Parser, Problem, blocks, cli, gather, number, rank_latents,
                  read_rows, residuals, split_of, versions, write)
-from eval_toolcall import (MAX_NEW, NAMES, add_metrics, answer, generate, load_both, newest,
-                           open_run, open_runs, opened, pair_vectors, paired, patch, prefill,
-                           print_versions, read_test, replace, score, summary, write_rows)
+from eval_toolcall import (MAX_NEW, NAMES, add_metrics, answer, generate, identity, load_both,
+                           newest, open_run, open_runs, opened, pair_vectors, paired, patch,
+                           prefill, print_versions, prompt_of, read_json, read_test, replace,
+                           score, summary, write_rows)
 
 # ---------------------------------------------------------------------------------------------
 # 1. Which latents? Ranking and exclusivity
@@ -60,29 +62,28 @@ def raw_decoder(cc):
 def exclusivity(cc, x_NMD, f_NL):
     """(nu_error, nu_recon), each (L,): is what a latent writes into A in B's activations too?
 
-    Latent Scaling (arXiv 2504.02922): beta(y) = sum_n <f d, y_n> / sum_n |f d|^2 fits the latent's A
-    direction d to y; nu = beta of B / beta of A. y is the model's reconstruction (about its mean),
-    or its error plus what this latent put into it. Specific to A: nu_error < .2, nu_recon < .5."""
-    d_LD, own_L = raw_decoder(cc)[:, 0], torch.arange(len(cc.b_enc)) < cc.n_a + cc.n_b
-    xhat_NMD = cc.decode(f_NL)
-    size_L = f_NL.pow(2).sum(0) * d_LD.pow(2).sum(1)
+    Latent Scaling (arXiv 2504.02922): beta(y) = sum_n <f d, y_n> / sum_n |f d|^2 fits the latent's
+    A direction d to y; nu = beta of B / beta of A (for a B-exclusive latent the other way round).
+    y is the reconstruction (about its mean), or the error plus what this latent put into it:
+    nothing, where it may not write. Specific to its model: nu_error < .2, nu_recon < .5."""
+    W_LMD, xhat_NMD, every = raw_decoder(cc), cc.decode(f_NL), torch.arange(len(cc.b_enc))
+    home = ((every >= cc.n_a) & (every < cc.n_a + cc.n_b)).long()
+    d_LD = W_LMD[every, home]
+    put_LM = f_NL.pow(2).sum(0)[:, None] * (W_LMD * d_LD[:, None]).sum(2)
 
-    def beta(y_ND):
-        return ((y_ND @ d_LD.T) * f_NL).sum(0)
-    error, recon = x_NMD - xhat_NMD, xhat_NMD - cc.mean
-    into_b = torch.where(own_L.to(size_L.device), 0., size_L)  # an exclusive latent puts nothing in
-    nu = [(beta(error[:, 1]) + into_b) / (beta(error[:, 0]) + size_L),
-          beta(recon[:, 1]) / beta(recon[:, 0])]
-    return [v.nan_to_num(float("inf")) for v in nu]
+    def beta(y_NMD):
+        return torch.stack([((y_NMD[:, m] @ d_LD.T) * f_NL).sum(0) for m in range(2)], 1)
+    betas = beta(x_NMD - xhat_NMD) + put_LM, beta(xhat_NMD - cc.mean)
+    return [(b[every, 1 - home] / b[every, home]).nan_to_num(float("inf")) for b in betas]
 
 
 def mirrors(cc, part):
-    """(L,) largest cosine of a latent's A direction with a B direction in `part`, itself left out:
-    a twin there would mean that the model B has the same feature after all."""
-    W_LMD = torch.nn.functional.normalize(raw_decoder(cc), dim=-1)
+    """(L,) largest cosine of a latent's A direction with a B direction in `part`, itself left out
+    (0 if there is none): a twin there would mean that B has the same feature after all."""
+    W_LMD = F.normalize(raw_decoder(cc), dim=-1)
     cosine = W_LMD[:, 0] @ W_LMD[part, 1].T
-    cosine[range(*part.indices(len(W_LMD))), range(cosine.shape[1])] = -1
-    return cosine.max(1).values if cosine.shape[1] else torch.full((len(W_LMD),), float("nan"))
+    cosine[range(part.start, part.stop), range(cosine.shape[1])] = -1
+    return cosine.max(1).values if cosine.shape[1] else torch.zeros(len(W_LMD))
 
 
 def ranking(cc, sets):
@@ -91,16 +92,14 @@ def ranking(cc, sets):
         device = cc.b_dec.device
         x = {name: sets[name].float().to(device) for name in ("needs", "none", "tool", "plain")}
         f = {name: cc.encode(v) for name, v in x.items()}
-        nu_error, nu_recon = exclusivity(cc, torch.cat(list(x.values())), torch.cat(list(f.values())))
-        parts, rows = cc.partitions(), []
-        twin_b, twin_shared = mirrors(cc, parts["b_excl"]), mirrors(cc, parts["shared"])
+        nu = exclusivity(cc, *(torch.cat(list(sides.values())) for sides in (x, f)))
+        twins = [mirrors(cc, cc.partitions()[part]) for part in ("b_excl", "shared")]
+    rows, names = [], ("nu_error", "nu_recon", "mirror_b", "mirror_shared")
     for contrast, (p, q) in CONTRASTS.items():
         for row in rank_latents(f[p], f[q]) if min(len(f[p]), len(f[q])) > 1 else ():
             i = row["feature_idx"]
-            part = next(n for n, s in parts.items() if s.start <= i < s.stop)
-            rows.append(row | {"contrast": contrast, "partition": part,
-                               "nu_error": nu_error[i].item(), "nu_recon": nu_recon[i].item(),
-                               "mirror_b": twin_b[i].item(), "mirror_shared": twin_shared[i].item()})
+            rows.append(row | {"contrast": contrast, "partition": part_of(cc, [i])}
+                        | {name: v[i].item() for name, v in zip(names, [*nu, *twins])})
     return rows
 
 
@@ -110,13 +109,14 @@ def specific(row):
             and row["auroc"] >= .9 and row["nu_error"] < .2 and row["nu_recon"] < .5)
 
 
-def write_ranking(path, rows):
+def write_ranking(folder, rows):
     """ranking.csv: the authors' columns first, then ours."""
     text = io.StringIO()
-    table = csv.DictWriter(text, rows[0])
+    table = csv.DictWriter(text, rows[0] if rows else ())
     table.writeheader()
     table.writerows(rows)
-    write(path, lambda f: f.write_text(text.getvalue()))
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "ranking.csv", lambda f: f.write_text(text.getvalue()))
 
 
 def best(rows, part):
@@ -177,7 +177,7 @@ def projected_out(model, directions_SD):
 def random_units(n, like_D, seed=0):
     """(n, D) random directions."""
     u = torch.randn(n, len(like_D), generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize(u, dim=1).to(like_D)
+    return F.normalize(u, dim=1).to(like_D)
 
 
 def same_length(delta_ND, units_VD):
@@ -221,20 +221,36 @@ def stage(args):
     runs = open_runs(names, args.preset, device)
     if not args.grid and len({s["layer"] for _, s, _ in runs}) > 1:
         raise Problem("these runs are of different layers: --grid compares them, else give one")
+    for cc, _, folder in runs:
+        if max(args.latents or [0]) >= len(cc.b_enc):
+            raise Problem(f"latent {max(args.latents)} is outside {folder}'s dictionary of "
+                          f"{len(cc.b_enc)}")
     models, tokenizer = load_both(runs, device)
     scenes = []
     for cc, settings, folder in runs:
-        sets, _ = gather(SimpleNamespace(**settings | {"out": folder}), device, train=False)
-        rows = ranking(cc, sets)
-        if rows:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_ranking(folder / "ranking.csv", rows)
+        sets = dev_sets(settings, folder, device)
         max_new = args.max_new or MAX_NEW[settings["preset"]]
-        limit = models["A"].config.max_position_embeddings - max_new
-        scenes.append(SimpleNamespace(cc=cc, settings=settings, folder=folder, models=models,
-                                      layer=settings["layer"], tokenizer=tokenizer, sets=sets,
-                                      rows=rows, max_new=max_new, limit=limit, device=device))
+        limit = models["A"].config.get_text_config().max_position_embeddings - max_new
+        scenes.append(SimpleNamespace(
+            cc=cc, settings=settings, folder=folder, models=models, layer=settings["layer"],
+            tokenizer=tokenizer, sets=sets, rows=ranking(cc, sets), positions=args.positions,
+            max_new=max_new, limit=limit, device=device))
     return scenes
+
+
+def dev_sets(settings, folder, device):
+    """{"needs", "none", "tool", "plain": x_NMD} of the dev rows, as the run itself was measured."""
+    args = SimpleNamespace(**{"seed": 0, "positions": "last"} | settings | {"out": folder})
+    return gather(args, device, train=False)[0]
+
+
+def rows_of(s, split, most, needs=False):
+    """[(row, record, prompt)] of a split, `most` of each kind; needs: those that need a tool."""
+    kept = read_test(s.settings, s.tokenizer, limit=s.limit, split=split)
+    kept = some_of_each([k for k in kept if k[1]["calls"] or not needs], most)
+    if not any(record["calls"] for _, record, _ in kept):
+        raise Problem(f"no {split} row of {s.settings['tool_texts']} needs a tool")
+    return kept
 
 
 def some_of_each(kept, most):
@@ -257,12 +273,13 @@ def place(s, kept):
         m: prefill(s.models[m], s.tokenizer, prompts) for m in s.models})
 
 
-def outputs_of(s, p, m, deltas=None, positions="last"):
+def outputs_of(s, p, m, deltas=None):
     """[V][N] texts of model m ("A", "B") under deltas_VND; clean ones without."""
     batches = p.batches[m]
-    if positions == "all":  # every token changes, so nothing can be shared
+    if s.positions == "all":  # every token changes, so nothing can be shared
         batches = prefill(s.models[m], s.tokenizer, p.prompts, share=False)
-    texts = generate(s.models[m], s.tokenizer, batches, s.max_new, s.layer, deltas, True, positions)
+    texts = generate(s.models[m], s.tokenizer, batches, s.max_new, s.layer, deltas, True,
+                     s.positions)
     return [[opened(q) + t for q, t in zip(p.prompts, row)] for row in texts]
 
 
@@ -277,6 +294,15 @@ def outputs_in(s, p, m, context):
     return out
 
 
+def values_of(p, latents, clamp):
+    """f_NS. Raises Problem if all are 0 and meant to be scaled."""
+    f_NS = p.f[:, latents]
+    if clamp is None and not f_NS.any():
+        raise Problem(f"latents {latents} never fire here: scaling does nothing, --clamp gives "
+                      f"them a value")
+    return f_NS
+
+
 def exacts(texts, p):
     """0 or 1 a prompt."""
     return [score(t, r)["exact"] for t, r in zip(texts, p.records)]
@@ -289,13 +315,15 @@ def exacts(texts, p):
 ALPHAS = (0., 1., 2., 4., 6., 16., 32., 64.)
 
 
+def part_of(cc, latents):
+    """The partition that holds all of these latents; "shared" where they are of several."""
+    return next((name for name, part in cc.partitions().items()
+                 if all(part.start <= i < part.stop for i in latents)), "shared")
+
+
 def home_of(cc, latents):
     """The model whose latents these are: 0 = A, also for shared ones; 1 = B."""
-    return int(all(cc.n_a <= i < cc.n_a + cc.n_b for i in latents))
-
-
-def unit(v_D):
-    return torch.nn.functional.normalize(v_D.float(), dim=0)
+    return int(part_of(cc, latents) == "b_excl")
 
 
 def directions(s, latents, m, n=10):
@@ -303,7 +331,7 @@ def directions(s, latents, m, n=10):
     changed: n random directions, n other live latents of the same partition, and the two
     differences of means."""
     W_LD, x = raw_decoder(s.cc)[:, home_of(s.cc, latents)], s.sets
-    part = next(p for p in s.cc.partitions().values() if p.start <= latents[0] < p.stop)
+    part = s.cc.partitions()[part_of(s.cc, latents)]
     with torch.no_grad():
         rate = sum(s.cc.encode(v.float().to(s.device)).gt(0).float().sum(0) for v in x.values())
     live = [i for i in range(part.start, part.stop) if rate[i] > 0 and i not in latents
@@ -311,9 +339,9 @@ def directions(s, latents, m, n=10):
     some = np.random.default_rng(0).permutation(live)[:n].tolist()
     mean = {name: v.float().mean(0).to(s.device) for name, v in x.items()}
     return {"random": random_units(n, W_LD[0]),
-            "latents": torch.nn.functional.normalize(W_LD[some], dim=1),
-            "A - B": unit(mean["needs"][0] - mean["needs"][1])[None],
-            "needs - none": unit(mean["needs"][m] - mean["none"][m])[None]}, some
+            "latents": F.normalize(W_LD[some], dim=1),
+            "A - B": F.normalize(mean["needs"][:1] - mean["needs"][1:]),
+            "needs - none": F.normalize((mean["needs"] - mean["none"])[m:m + 1])}, some
 
 
 def claims_of(s, p, latents, alpha, c):
@@ -321,7 +349,7 @@ def claims_of(s, p, latents, alpha, c):
 
     c (K, |S|): strengths at which the latents are put into the other model, named by c's keys."""
     home, names, W = home_of(s.cc, latents), "AB", raw_decoder(s.cc)[latents]
-    own, other, down = names[home], names[1 - home], -1 if home == 0 else 1
+    own, other, down = names[home], names[1 - home], 2 * home - 1
     f_ND, n = written(s.cc, p.f, latents, home), len(p.prompts)
     claims = [(f"{own} without it", own, -f_ND, down)]
     if alpha is not None:
@@ -362,7 +390,7 @@ def everywhere(s, p, latents, clean):
     what the latents write is taken away at this layer; their direction is gone from every layer.
     For exclusive latents, which can be read off one model alone."""
     home = home_of(s.cc, latents)
-    m, hoped, W = "AB"[home], -1 if home == 0 else 1, raw_decoder(s.cc)[latents, home]
+    m, hoped, W = "AB"[home], 2 * home - 1, raw_decoder(s.cc)[latents, home]
     model, rows = s.models[m], []
     edits = {f"{m} without it, every token": lambda u: patch(
                  model, s.layer, taken_away(s.cc, latents, home, u), "all"),
@@ -386,16 +414,18 @@ def cross_entropy(model, tokenizer, texts, context):
         ids = ids[:, :512].to(model.device)
         with context():
             logits = model(input_ids=ids).logits[0, :-1].float()
-        out.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
+        out.append(F.cross_entropy(logits, ids[0, 1:]).item())
     return np.array(out)
 
 
-def on_plain_text(s, latents, n=100):
-    """Change in cross-entropy on plain test texts when the latents are taken away at every token,
-    beside 10 random directions of the same lengths; with an interval over texts."""
+def on_plain_text(s, latents, n):
+    """Change in cross-entropy on n plain test texts when the latents are taken away at every token,
+    beside 10 random directions of the same lengths; with an interval over texts. None without."""
     home = home_of(s.cc, latents)
     rows = [r["text"] for r in read_rows(s.settings["plain_texts"], 20 * n)
             if split_of(r) == "test" and len(r["text"].split()) > 3][:n]
+    if not rows:
+        return None
     model = s.models["AB"[home]]
 
     def under(u):
@@ -411,47 +441,50 @@ def on_plain_text(s, latents, n=100):
 def null_run(s):
     """(folder, hits) of a run beside this one whose models are the same twice: how many of its
     A-exclusive latents pass for tool latents of A alone? (None, the command) if there is none."""
-    keys = ("model_a", "layer", "dict", "k", "excl")
-    for file in sorted(s.folder.parent.glob("*/run.json")):
-        other = json.loads(file.read_text())
-        if other["model_b"] == other["model_a"] and (file.parent / "metrics.json").exists() and all(
-                other[k] == s.settings.get(k) for k in keys):
-            cc, settings, folder = open_run(file.parent, None, s.device)
-            sets, _ = gather(SimpleNamespace(**settings | {"out": folder}), s.device, train=False)
-            return str(folder), sum(map(specific, ranking(cc, sets)))
+    sizes = {"layer": s.layer, "dict_size": len(s.cc.b_enc), "k": s.cc.k, "n_a": s.cc.n_a}
+    for folder in sorted(f.parent for f in s.folder.parent.glob("*/metrics.json")):
+        with contextlib.suppress(Problem):  # a damaged run beside this one
+            run, config = (read_json(folder / name) for name in ("run.json", "config.json"))
+            if run.get("model_a") == run.get("model_b") == s.settings["model_a"] and all(
+                    config.get(key) == size for key, size in sizes.items()):
+                cc, settings, _ = open_run(folder, None, s.device)
+                rows = ranking(cc, dev_sets(settings, folder, s.device))
+                return str(folder), sum(map(specific, rows))
     name = s.settings["model_a"]
     name = os.path.relpath(name) if Path(name).exists() else name
-    flags = f"--dict {s.settings['dict']} --k {s.settings['k']} --layer {s.layer}"
-    return None, f"make one with python dfc.py --model-b {name} {flags} --out {s.folder.parent}/null"
+    flags = f"--dict {len(s.cc.b_enc)} --k {s.cc.k} --layer {s.layer}"
+    return None, (f"make one with python dfc.py --model-b {name} {flags} --out "
+                  f"{s.folder.parent}/null")
 
 
-def strengths(s, latents, alphas, top_S, n=30):
-    """(alpha above 1, multiple of the latents' maxima) with most exact calls on dev rows: scaled up
-    at home, and put into the other model. None where no alpha is above 1."""
+def strengths(s, latents, alphas, top_S, n):
+    """(alpha above 1, multiple of the latents' maxima) with most exact calls on dev rows (fewest,
+    for what B lacks): scaled up at home, and put into the other model. None: no alpha above 1."""
     up, times = [a for a in alphas if a > 1], (1, 2, 4, 8)
-    kept = read_test(s.settings, s.tokenizer, limit=s.limit, split="dev")
-    p = place(s, some_of_each([k for k in kept if k[1]["calls"]], n))
+    p = place(s, rows_of(s, "dev", n, needs=True))
     home, out = home_of(s.cc, latents), []
     f_ND, W_SD = written(s.cc, p.f, latents, home), raw_decoder(s.cc)[latents, home]
     for m, values, deltas in (
             ("AB"[home], up, [(a - 1) * f_ND for a in up]),
             ("AB"[1 - home], times, [(t * top_S @ W_SD).expand_as(f_ND) for t in times])):
         texts = outputs_of(s, p, m, torch.stack(deltas)) if values else []
-        out.append(values[int(np.argmax([np.mean(exacts(t, p)) for t in texts]))] if texts else None)
+        hits = [sum(exacts(t, p)) * (1 - 2 * home) for t in texts]
+        out.append(values[int(np.argmax(hits))] if hits else None)
     return out
 
 
 def one_latent(s, args):
     """The table of a latent (or a set): effects, claims beside controls, one text, the verdict. Of
     a run with B-exclusive latents also the best of those."""
-    sets_of_latents = [args.latents or [chosen(s)]]
-    twin = best(s.rows, "b_excl")
+    results, twin = [effects(s, args, args.latents or [chosen(s)])], best(s.rows, "b_excl")
     if not args.latents and s.cc.n_a and twin is not None:
-        sets_of_latents.append([twin])
-    results = [effects(s, args, latents) for latents in sets_of_latents]
+        try:
+            results.append(effects(s, args, [twin]))
+        except Problem as e:  # it fires on dev rows, but not on these
+            print(f"\nB-exclusive: {e}")
     null = null_run(s)
-    print(f"\nA-exclusive latents that pass as tool latents of A alone (AUROC >= .9, nu_error < .2, "
-          f"nu_recon < .5): {sum(map(specific, s.rows))} of {s.cc.n_a}")
+    print(f"\nA-exclusive latents that pass as tool latents of A alone (AUROC >= .9, "
+          f"nu_error < .2, nu_recon < .5): {sum(map(specific, s.rows))} of {s.cc.n_a}")
     print(f"null, {null[0]}: {null[1]} pass" if null[0] else f"null: no such run here; {null[1]}")
     add_metrics(s.folder, "steering", {"results": results, "null": null, "versions": versions(),
                                        "specific": sum(map(specific, s.rows))})
@@ -463,20 +496,18 @@ def one_latent(s, args):
 def effects(s, args, latents):
     """Everything about one set of latents on test rows; prints it and returns it."""
     began, home = time.time(), home_of(s.cc, latents)
-    kept = some_of_each(read_test(s.settings, s.tokenizer, limit=s.limit), args.rows)
+    kept = rows_of(s, "test", args.rows)
     p, m, other = place(s, kept), "AB"[home], "AB"[1 - home]
-    if args.clamp is None and not (p.f[:, latents] > 0).any():
-        raise Problem(f"latents {latents} never fire on these prompts: scaling them does nothing, "
-                      f"--clamp gives them a value")
+    values_of(p, latents, args.clamp)
     f_dev = s.cc.encode(s.sets["needs"].float().to(s.device))[:, latents].detach()
     c = {"mean": f_dev.mean(0), "maximum": f_dev.max(0).values}
-    alpha, times = strengths(s, latents, args.alpha, c["maximum"])
+    alpha, times = strengths(s, latents, args.alpha, c["maximum"], min(30, args.rows))
     if times > 1:
         c[f"maximum x {times}"] = times * c["maximum"]
     outputs = answers(s, p, args, latents, c)
     scores, result = summary(outputs, p.records)
     print(f"\n{s.folder}, layer {s.layer}, {NAMES[part_of(s.cc, latents)]} latent"
-          f"{'s' * (len(latents) > 1)} {' '.join(map(str, latents))}, positions {args.positions}")
+          f"{'s' * (len(latents) > 1)} {' '.join(map(str, latents))}, positions {s.positions}")
     print_versions(result, {}, True)
     needs = place(s, [k for k in kept if k[1]["calls"]])
     clean = {name: [t for t, r in zip(o["clean"], p.records) if r["calls"]]
@@ -485,12 +516,12 @@ def effects(s, args, latents):
     alone = part_of(s.cc, latents) != "shared"
     rows += everywhere(s, needs, latents, clean) if alone else []
     print_claims(rows)
-    text = on_plain_text(s, latents) if alone else None
+    text = on_plain_text(s, latents, args.rows) if alone else None
     about = [r for r in s.rows if r["feature_idx"] in latents and r["contrast"] == "needs/none"]
     print_about(about, text)
     print_example(p, outputs, m, other)
     write_rows(s.folder / f"steer-{'-'.join(map(str, latents))}.jsonl", kept, outputs, scores)
-    return {"latents": latents, "rows": args.rows, "positions": args.positions, "alpha": alpha,
+    return {"latents": latents, "rows": args.rows, "positions": s.positions, "alpha": alpha,
             "times": times, "models": result, "claims": rows, "ranking": about, "plain_text": text,
             "seconds": time.time() - began}
 
@@ -507,14 +538,9 @@ def answers(s, p, args, latents, c):
     into["+ mean difference"] = (x[home] - x[1 - home]).expand(n, -1)
     out = {}
     for m, deltas in (("AB"[home], own), ("AB"[1 - home], into)):
-        texts = outputs_of(s, p, m, torch.stack(list(deltas.values())), args.positions)
+        texts = outputs_of(s, p, m, torch.stack(list(deltas.values())))
         out[m] = {"clean": outputs_of(s, p, m)[0]} | dict(zip(deltas, texts))
     return out
-
-
-def part_of(cc, latents):
-    """The partition of the first of these latents."""
-    return next(n for n, p in cc.partitions().items() if p.start <= latents[0] < p.stop)
 
 
 def chosen(s):
@@ -529,7 +555,8 @@ def chosen(s):
 
 def print_claims(rows):
     """Claim, effect, the range of each kind of control, verdict."""
-    print(f"\n{'change of exact, pp':33s} effect, 95 %         random    latents  A - B  needs-none")
+    print(f"\n{'change of exact, pp':33s} effect, 95 %         random    latents  A - B"
+          f"  needs-none")
     for r in rows:
         e, spans = r["effect"], []
         for name in ("random", "latents", "A - B", "needs - none"):
@@ -598,20 +625,21 @@ def key_of(cell):
 
 
 def grid(s, args, at_once=8):
-    """Answer every cell on dev and on test rows that need a tool -> finished cells. Each group of
-    cells is written to grid.jsonl as it is done; what is there already is not done again."""
+    """Answer every cell on dev and on test rows that need a tool -> finished cells. Each `at_once`
+    cells are written to grid.jsonl as they are done; what is there already is not done again."""
     from tqdm import tqdm
     file, cells = s.folder / "grid.jsonl", []
-    how = {"rows": args.rows, "alphas": list(args.alpha), "max_new": s.max_new}
-    done = read_grid(file, how)
+    how = {"rows": args.rows, "max_new": s.max_new, "positions": s.positions}
+    how |= identity((s.cc, s.settings, s.folder))
+    finished = {key_of(c): c for c in read_grid(file, how)}
+    clean = {"group": "clean", "size": 0, "alpha": 1., "latents": []}
+    if not cells_of(s, args.alpha):
+        raise Problem(f"an empty grid: no alpha other than 1, or no latent of {s.folder} fires "
+                      f"more where a tool is needed")
     for split in ("dev", "test"):
-        kept = [k for k in read_test(s.settings, s.tokenizer, limit=s.limit, split=split) if k[1]["calls"]]
-        kept = some_of_each(kept, args.rows)
-        todo = [c | {"split": split} for c in cells_of(s, args.alpha)]
-        finished = {key_of(c): c for c in done}
-        clean_cell = {"split": split, "group": "clean", "size": 0, "alpha": 1., "latents": []}
-        missing = [c for c in [clean_cell, *todo] if key_of(c) not in finished]
-        p = place(s, kept) if missing else None
+        todo = [c | {"split": split} for c in [clean, *cells_of(s, args.alpha)]]
+        missing = [c for c in todo if key_of(c) not in finished]
+        p = place(s, rows_of(s, split, args.rows, needs=True)) if missing else None
         for i in tqdm(range(0, len(missing), at_once), desc=f"grid, {split}", leave=False):
             some = missing[i:i + at_once]
             deltas = [(c["alpha"] - 1) * written(s.cc, p.f, c["latents"], 0) for c in some]
@@ -620,14 +648,14 @@ def grid(s, args, at_once=8):
                    for c, t in zip(some, texts)]
             append_lines(file, new)
             finished |= {key_of(c): c for c in new}
-        cells += [finished[key_of(c)] for c in [clean_cell, *todo]]
+        cells += [finished[key_of(c)] for c in todo]
     return cells
 
 
 def read_grid(file, how):
     """Whole cells of grid.jsonl made the same way. A line cut short by a kill is left out."""
     cells = []
-    for line in file.read_text().split("\n") if file.exists() else ():
+    for line in file.read_text(errors="replace").split("\n") if file.exists() else ():
         with contextlib.suppress(ValueError):
             cells.append(json.loads(line))
     return [c for c in cells if c["how"] == how]
@@ -717,33 +745,31 @@ def grids(scenes, args):
 
 
 def own_prompt(s, text):
-    """A one-row scene: the text as the user's message, under the first test row's system text."""
-    kept = read_test(s.settings, s.tokenizer)[0]
-    if not text.strip():
-        raise Problem("the prompt is empty: give the user's words")
-    turns = [t if t["role"] == "system" else t | {"content": text} for t in kept[1]["messages"]]
-    turns = [t for t in turns if t["role"] == "system"] + [t for t in turns
-                                                          if t["role"] == "user"][-1:]
-    prompt = s.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    print(f"tools: {', '.join(kept[1]['tools'])}   (the first test row's)")
-    return place(s, [({}, kept[1] | {"messages": turns, "calls": []}, prompt)])
+    """A one-row scene: the text as the user's words, in the form of the test row whose system text
+    shares most words with it: a call can only be right if its tool is listed."""
+    kept, words = read_test(s.settings, s.tokenizer, limit=s.limit), set(text.lower().split())
+    _, record, _ = max(kept, key=lambda k: len(words & set(k[2].split("user")[0].lower().split())))
+    *system, user = [t for t in record["messages"] if t["role"] in ("system", "user")]
+    old = user["content"]  # ToolRL wraps what is said: <user> ... </user>
+    said = f"<user> {text} </user>" if old.strip().startswith("<user>") else text
+    turns = [t for t in system if t["role"] == "system"] + [user | {"content": said}]
+    record = record | {"messages": turns, "calls": [], "gold": None}
+    print(f"tools: {', '.join(record['tools'])}")
+    return place(s, [({}, record, prompt_of(record, s.tokenizer, limit=s.limit)[0])])
 
 
 def steer_prompt(s, args):
     """Clean and steered answers to one prompt."""
     p, latents = own_prompt(s, args.prompt), args.latents or [chosen(s)]
     home, W_SD = home_of(s.cc, latents), raw_decoder(s.cc)[latents, home_of(s.cc, latents)]
-    f_NS = p.f[:, latents]
+    f_NS = values_of(p, latents, args.clamp)
     print(f"latents {latents}: {', '.join(f'{v:.2f}' for v in f_NS[0].tolist())} at its last token")
-    if args.clamp is None and not f_NS.any():
-        raise Problem(f"latents {latents} do not fire on this prompt: scaling them does nothing, "
-                      f"--clamp gives them a value")
     if args.clamp is not None:
         deltas = {f"clamp {args.clamp:g}": (args.clamp - f_NS) @ W_SD}
     else:
         deltas = {f"alpha {a:g}": (a - 1) * f_NS @ W_SD for a in args.alpha}
     m = "AB"[home]
-    texts = outputs_of(s, p, m, torch.stack(list(deltas.values())), args.positions)
+    texts = outputs_of(s, p, m, torch.stack(list(deltas.values())))
     for name, text in [("clean", outputs_of(s, p, m)[0]), *zip(deltas, texts)]:
         print(f"\n--- {m}, {name}\n{text[0]}")
 
@@ -786,25 +812,30 @@ def parse_args(argv):
     p.add_argument("--positions", choices=["last", "all"], default="last", help="steered tokens")
     p.add_argument("--rows", type=number(int, 1), default=60, help="test rows of each kind")
     p.add_argument("--max-new", type=number(int, 1), help="tokens of an answer")
-    p.add_argument("--prompt", help="steer this user message and print the texts")
-    p.add_argument("--monitor", metavar="PROMPT", help="print where the latent fires")
-    p.add_argument("--grid", action="store_true", help="number of latents by strength")
+    job = p.add_mutually_exclusive_group()
+    job.add_argument("--prompt", type=words, help="steer this user message and print the texts")
+    job.add_argument("--monitor", type=words, metavar="PROMPT", help="print where the latent fires")
+    job.add_argument("--grid", action="store_true", help="number of latents by strength")
     return p.parse_args(argv)
+
+
+def words(text):
+    """An argparse type: text that holds something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the prompt is empty: give the user's words")
+    return text
 
 
 def main(argv=None):
     args = parse_args(argv)
     scenes = stage(args)
-    for s in scenes:
-        if max(args.latents or [0]) >= len(s.cc.b_enc):
-            raise Problem(f"latent {max(args.latents)} is outside {s.folder}'s dictionary of "
-                          f"{len(s.cc.b_enc)}")
-    if args.grid:
-        return grids(scenes, args)
-    work = steer_prompt if args.prompt is not None else \
-        monitor if args.monitor is not None else one_latent
-    for s in scenes:
+    work = steer_prompt if args.prompt else monitor if args.monitor else one_latent
+    for s in scenes if not args.grid else ():
         work(s, args)
+    if args.grid:
+        grids(scenes, args)
+    for s in scenes:
+        write_ranking(s.folder, s.rows)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,19 @@ under 90 s on 2 CPU cores, without a GPU and without a network."""
 
 import contextlib
 import copy
+import csv
+import functools
 import io
 import json
 import math
+import os
 import random
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +26,7 @@ import torch.nn.functional as F
 
 import dfc
 import eval_toolcall as ev
+import steer
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -29,6 +35,14 @@ TINY = ROOT / "tiny"
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_dev_texts():
+    """Runs are measured on 60 dev texts of each kind in place of 300: seconds each."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(dfc, "corpus", functools.partial(dfc.corpus, n_dev=60))
+        yield
 
 
 def small(n_a=4, n_b=3, tied=False, k=5, L=32, D=8):
@@ -457,11 +471,77 @@ def test_a_pair_of_identical_models_yields_no_exclusive_feature(toy):
     assert mass[:cc.n_a].sum() < .01 * mass.sum()
 
 
+def plain_loss(cc, z, silent, weight, dead_after, aux=1 / 32):
+    """The loss of train() by its formulas: dense, masked weights, autograd, no sparse operation."""
+    W_dec, pre = cc.decoder(), cc.preactivations(z)
+    top = pre.topk(cc.k)
+    f = torch.zeros_like(pre).scatter(1, top.indices, top.values)
+    zhat = torch.einsum("bl,lmd->bmd", f, W_dec) + cc.b_dec
+    loss = (z - zhat).pow(2).mean() + (weight * f * W_dec.flatten(1).norm(dim=1)).sum(1).mean()
+    silent = (silent + 1) * (f.sum(0) == 0)
+    residual, models = (z - zhat).detach(), {"a_excl": [0], "b_excl": [1], "shared": [0, 1]}
+    for name, part in cc.partitions().items():
+        dead = torch.zeros(len(silent), dtype=torch.bool)
+        dead[part] = silent[part] > dead_after
+        if dead.any():
+            top = (pre * dead).topk(min(int(dead.sum()), 2 * cc.k))
+            revived = torch.zeros_like(pre).scatter(1, top.indices, top.values) * dead
+            guess = torch.einsum("bl,lmd->bmd", revived, W_dec)
+            loss = loss + aux * (residual - guess)[:, models[name]].pow(2).mean()
+    return loss, silent
+
+
+def plain_train(cc, x, steps, batch, lr, l1_shared, l1_excl, dead_after):
+    opt, silent = torch.optim.Adam(cc.parameters(), lr=lr), torch.zeros(len(cc.b_enc))
+    weight = torch.tensor([l1_excl] * (cc.n_a + cc.n_b)
+                          + [l1_shared] * (len(cc.b_enc) - cc.n_a - cc.n_b))
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * dfc.lr_at(step, steps)
+        z = cc.normalise(x[dfc.batch_indices(len(x), batch, step, 0)])
+        loss, silent = plain_loss(cc, z, silent, weight, dead_after)
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(cc.parameters(), 1.)
+        opt.step()
+
+
+@pytest.mark.parametrize("n_a, n_b, tied", [(0, 0, False), (12, 0, True), (12, 9, False)])
+def test_the_sparse_training_step_equals_the_dense_one_by_autograd(n_a, n_b, tied):
+    x, made = torch.randn(600, 2, 8) * 2 + 1, []
+    how = dict(steps=12, batch=64, lr=1e-3, l1_shared=1e-3, l1_excl=3e-3, dead_after=2)
+    for train in (dfc.train, plain_train):
+        torch.manual_seed(1)
+        cc = small(n_a, n_b, tied, k=3, L=96)
+        cc.fit_scale(x)
+        with torch.no_grad():
+            cc.W_enc[:, :, ::2] *= .2  # so that many are dead
+        train(cc, x, **how)
+        made.append((cc.W_enc * cc.enc_mask[:, None], cc.decoder(), cc.b_enc, cc.b_dec))
+    for fast, slow in zip(*made):
+        assert torch.allclose(fast, slow, atol=2e-5), (fast - slow).abs().max()
+
+
+def test_batches_of_an_epoch_hold_every_vector_once_and_the_next_are_others():
+    first, second = (torch.cat([dfc.batch_indices(50, 10, step, 3) for step in steps])
+                     for steps in (range(5), range(5, 10)))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(50))
+    assert not torch.equal(first, second)
+    assert torch.equal(first[:10], dfc.batch_indices(50, 10, 0, 3))  # also after another epoch
+
+
+def test_collect_names_the_first_wrong_text_and_its_layer_also_at_all_positions():
+    model = random_model("Qwen2")
+    model.model.embed_tokens.weight.data[ord("z") % 61 + 1] = float("inf")
+    for positions in ("last", "all"):
+        with pytest.raises(dfc.Problem, match="layer 0 of text 2 is not finite.*'axz'"):
+            dfc.collect(model, Words(), ["abc", "d", "axz", "azzzz"], [0, 1], positions)
+
+
 # ---------------------------------------------------------------------------------------------
 # 5. The main job
 # ---------------------------------------------------------------------------------------------
 
-QUICK = ["--n-texts", "120", "--steps", "30", "--dict", "64", "--batch", "64"]
+QUICK = ["--n-texts", "240", "--steps", "30", "--dict", "64", "--batch", "64"]
 
 
 def call(*argv):
@@ -497,8 +577,8 @@ def test_a_finished_run_is_not_touched_unless_it_is_the_same(finished, capsys):
     assert (finished / "model.safetensors").read_bytes() == before
 
 
-def test_a_killed_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch):
-    train = dfc.train
+def test_a_killed_run_resumes_to_the_same_weights(finished, monkeypatch):
+    train, out = dfc.train, finished.parent / "killed"  # the activations are there already
     monkeypatch.setattr(dfc, "train", lambda *a, **k: train(*a, **k | {"every": 10}))
     indices = dfc.batch_indices
 
@@ -507,10 +587,10 @@ def test_a_killed_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return indices(n, batch, step, seed)
     monkeypatch.setattr(dfc, "batch_indices", killed)
-    assert call(*QUICK, "--out", tmp_path / "one", "--resume") == 130
+    assert call(*QUICK, "--out", out, "--resume") == 130
     monkeypatch.setattr(dfc, "batch_indices", indices)
-    assert call(*QUICK, "--out", tmp_path / "one", "--resume") == 0
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == \
+    assert call(*QUICK, "--out", out, "--resume") == 0
+    assert (out / "model.safetensors").read_bytes() == \
         (finished / "model.safetensors").read_bytes()
 
 
@@ -524,20 +604,29 @@ def test_what_is_not_asked_for_follows_from_recipe_and_preset(flags, n_a, n_b, t
     assert (*sizes, args.tie_shared) == (n_a, n_b, tied)
 
 
-def test_the_recipe_paper_trains(tmp_path):
-    assert call(*QUICK, "--recipe", "paper", "--out", tmp_path / "p") == 0
+@pytest.fixture
+def few_texts(monkeypatch):
+    """For runs of which only the form is looked at."""
+    monkeypatch.setattr(dfc, "corpus", functools.partial(dfc.corpus, n_dev=8))
+    return [*QUICK, "--n-texts", "40"]
+
+
+def test_the_recipe_paper_trains(few_texts, tmp_path):
+    assert call(*few_texts, "--recipe", "paper", "--out", tmp_path / "p") == 0
     m = json.loads((tmp_path / "p" / "metrics.json").read_text())
     assert m["loss_share"]["aux"] == 0 and m["counts"]["n_b"] == 6
 
 
-def test_all_positions_and_two_separate_autoencoders_train(tmp_path):
-    assert call(*QUICK, "--positions", "all", "--excl", ".5", "--out", tmp_path / "all") == 0
+def test_all_positions_and_two_separate_autoencoders_train(few_texts, tmp_path):
+    flags = ["--positions", "all", "--excl", ".5", "--out", tmp_path / "all"]
+    assert call(*few_texts, *flags) == 0
     m = json.loads((tmp_path / "all" / "metrics.json").read_text())
-    assert m["counts"]["train"] > 10 * 240 and m["counts"]["n_a"] == m["counts"]["n_b"] == 32
+    assert m["counts"]["train"] > 10 * 80 and m["counts"]["n_a"] == m["counts"]["n_b"] == 32
 
 
-def test_the_same_model_twice_is_a_valid_pair(tmp_path):
-    assert call(*QUICK, "--model-b", TINY / "toolrl", "--out", tmp_path / "null") == 0
+def test_the_same_model_twice_is_a_valid_pair(few_texts, tmp_path):
+    flags = ["--model-b", TINY / "toolrl", "--out", tmp_path / "null"]
+    assert call(*few_texts, *flags) == 0
 
 
 def write_text(path, text):
@@ -885,13 +974,13 @@ def pair():
     return {m: model for m, (model, _) in models.items()}, tok, [prompt for *_, prompt in kept]
 
 
-def one_by_one(model, tok, prompts, max_new, layer=0, vectors=None):
+def one_by_one(model, tok, prompts, max_new, layer=0, vectors=None, add=False):
     """The slow, obvious way: no batch, no padding, no cache made in advance, a plain hook."""
     texts = []
     for i, prompt in enumerate(prompts):
         def hook(_, __, out):
             if vectors is not None and out.shape[1] > 1:  # the prompt's pass
-                out[:, -1] = vectors[i]
+                out[:, -1] = vectors[i] + add * out[:, -1]
         handle = dfc.blocks(model)[layer].register_forward_hook(hook)
         batch = tok(prompt, return_tensors="pt", add_special_tokens=False)
         ids = model.generate(**batch, max_new_tokens=max_new)[0, batch["input_ids"].shape[1]:]
@@ -900,18 +989,17 @@ def one_by_one(model, tok, prompts, max_new, layer=0, vectors=None):
     return texts
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_batched_generation_equals_one_prompt_at_a_time(pair, share):
+def test_batched_generation_equals_one_prompt_at_a_time(pair):
     models, tok, prompts = pair
-    batches = ev.prefill(models["A"], tok, prompts, batch_tokens=700, share=share)
-    assert 1 < len(batches) < len(prompts) and any((mask == 0).any() for _, _, mask, _ in batches)
     clean = one_by_one(models["A"], tok, prompts, 16)
-    assert ev.generate(models["A"], tok, batches, 16) == [clean]
     x = ev.pair_vectors(models, tok, prompts, [2])[2]
     vectors = torch.stack([x[:, 1], 9 * torch.randn(len(x), 128), x[:, 0] * 0])
     slow = [one_by_one(models["A"], tok, prompts, 16, 2, v) for v in vectors]
     assert clean != slow[1] != slow[2] != clean
-    for at_once in (1500, 10 ** 6):  # two versions at a time, then one; all three
+    for share, at_once in ((True, 1500), (False, 10 ** 6)):  # two versions at a time; all three
+        batches = ev.prefill(models["A"], tok, prompts, batch_tokens=700, share=share)
+        assert 1 < len(batches) < len(prompts) and any((b[2] == 0).any() for b in batches)
+        assert ev.generate(models["A"], tok, batches, 16) == [clean]
         assert ev.generate(models["A"], tok, batches, 16, 2, vectors, at_once=at_once) == slow
     added = ev.generate(models["A"], tok, batches, 16, 2, (vectors - x[:, 0]), add=True)
     assert added[1] == slow[1]
@@ -1279,7 +1367,659 @@ def test_a_full_disk_or_an_interruption_leaves_what_was_there(bad, monkeypatch, 
 
 
 # ---------------------------------------------------------------------------------------------
-# 9. The embedded pair and the README
+# 9. Steering (steer.py)
+# ---------------------------------------------------------------------------------------------
+
+
+def test_steering_arrives_at_the_last_prompt_token_or_everywhere_and_alpha_one_is_the_identity():
+    model, ids = random_model("Qwen2"), torch.tensor([[5, 6, 7], [8, 9, 3]])
+    delta, clean, logits = torch.randn(2, 16), dfc.residuals(model, ids, [1])[1], model(ids).logits
+    for positions, where in (("last", [0, 0, 1]), ("all", [1, 1, 1])):
+        with steer.steering(model, 1, 0 * delta, positions):
+            assert torch.equal(model(ids).logits, logits)
+        with steer.steering(model, 1, delta, positions):
+            first, second = (dfc.residuals(model, ids, [1])[1] for _ in range(2))
+        moved = clean + delta[:, None] * torch.tensor(where)[:, None]
+        assert torch.allclose(first, moved) and not torch.allclose(first, clean)
+        assert torch.allclose(second, moved if positions == "all" else clean)
+        with pytest.raises(ZeroDivisionError), steer.steering(model, 1, delta, positions):
+            1 / 0
+    assert not any(b._forward_hooks for b in dfc.blocks(model))
+    two = torch.nn.ModuleList([TwoOutputs()])
+    with steer.steering(SimpleNamespace(model=SimpleNamespace(layers=two)), 0, delta[:1]):
+        h, rest = two[0](torch.zeros(1, 2, 16))
+    assert torch.equal(h, torch.stack([delta[:1] * 0 + 1, delta[:1] + 1], 1)) and rest == "cache"
+
+
+def scaled(*sizes, D=16):
+    """A crosscoder whose raw units are not its own."""
+    cc = dfc.Crosscoder(D, 32, *sizes)
+    cc.fit_scale(torch.randn(100, 2, D) * torch.tensor([[3.], [.5]]) + 2)
+    return cc
+
+
+def test_what_latents_write_is_a_loop_over_them_in_raw_units():
+    cc, x = scaled(5, 4, 3), torch.randn(6, 2, 16) * 3
+    f = cc.encode(x).detach()
+    for latents in ([0], [3, 5, 20]):
+        for m in range(2):
+            slow = sum(f[:, l, None] * cc.decoder()[l, m] * cc.scale[m] for l in latents)
+            assert torch.allclose(steer.written(cc, f, latents, m), slow, atol=1e-5)
+    assert not steer.written(cc, f, [0], 1).any() and not steer.written(cc, f, [5], 0).any()
+
+
+def test_an_exclusive_latent_is_taken_away_at_every_token_as_its_decoder_wrote_it():
+    cc, model, ids = scaled(32, 4, 3), random_model("Qwen2"), torch.randint(1, 64, (2, 5))
+    clean = dfc.residuals(model, ids, [1])[1].detach()
+    unit = F.normalize(torch.randn(16), dim=0)
+    for m, latents in ((0, [0, 2]), (1, [5])):
+        h = clean.flatten(0, 1)
+        f = cc.encode(torch.stack([h, h], 1)).detach()      # k = L: nothing falls out of the top k
+        wrote = steer.written(cc, f, latents, m).view_as(clean)
+        assert wrote.any()
+        for along, gone in ((None, wrote), (unit, wrote.norm(dim=-1, keepdim=True) * unit)):
+            with ev.patch(model, 1, steer.taken_away(cc, latents, m, along), "all"):
+                assert torch.allclose(dfc.residuals(model, ids, [1])[1], clean - gone, atol=1e-5)
+
+
+def test_a_projected_out_direction_is_in_no_blocks_output():
+    model, ids, directions = random_model("Qwen2"), torch.randint(1, 64, (2, 5)), torch.randn(2, 16)
+    clean = dfc.residuals(model, ids, [0, 1, 2])
+    with steer.projected_out(model, directions):
+        for layer, h in dfc.residuals(model, ids, [0, 1, 2]).items():
+            before, after = ((v @ directions.T).abs().max() for v in (clean[layer], h))
+            assert after < 1e-6 < 1e-3 < before
+    assert not any(b._forward_hooks for b in dfc.blocks(model))
+
+
+def planted():
+    """Latents of a crosscoder: 0 in A only; 1 in A, its direction in B's error; 2 and 3 shared."""
+    cc, f = dfc.Crosscoder(8, 6, 6, 2, 1).requires_grad_(False), torch.rand(500, 6)
+    f[:, 5] = 0                                              # dead
+    cc.W_dec.zero_()
+    for latent, m, place in ((0, 0, 0), (1, 0, 1), (2, 1, 5), (3, 0, 3), (3, 1, 3), (4, 0, 4),
+                             (4, 1, 3)):
+        cc.W_dec[latent, m, place] = 1
+    x = cc.decode(f)
+    x[:, 1, 1] += f[:, 1]
+    return cc, x, f
+
+
+def test_latent_scaling_tells_a_feature_of_a_alone_from_one_that_b_has_too():
+    cc, x, f = planted()
+    error, recon = steer.exclusivity(cc, x, f)
+    assert error[0].abs() < 1e-5 and recon[0].abs() < 1e-5
+    assert error[1].item() == pytest.approx(1) and recon[1].abs() < 1e-5   # the mask hides it
+    assert error[3].item() == pytest.approx(1) and recon[3] > .9
+    assert error[2].abs() < 1e-5 and recon[2].abs() < 1e-5                 # in B only
+    assert error[5] == recon[5] == math.inf                                # dead
+
+
+def test_a_mirror_is_a_twin_elsewhere_and_never_the_latent_itself():
+    cc, _, _ = planted()
+    parts, cc.W_dec[2, 1] = cc.partitions(), cc.W_dec[0, 0]
+    assert steer.mirrors(cc, parts["b_excl"])[:2].tolist() == [1, 0]
+    shared = steer.mirrors(cc, parts["shared"])
+    assert shared[3] == 1 and shared[0] == 0                   # 3's twin is 4's B direction
+    cc.W_dec[4, 1] = 0
+    assert steer.mirrors(cc, parts["shared"])[3] == 0
+    assert not steer.mirrors(cc, slice(2, 2)).any()
+
+
+def test_cohens_dz_is_the_textbook_value():
+    assert steer.cohens_dz([1, 2, 3]) == pytest.approx(2)
+    assert math.isnan(steer.cohens_dz([1, 1])) and math.isnan(steer.cohens_dz([4]))
+
+
+@pytest.mark.parametrize("differences, p", [
+    (range(1, 10), 2 / 2 ** 9), ([5], 1), ([2, 2, 1], 2 / 8), ([3, 1], 2 / 4), ([1, 1, -1], 1),
+    ([0, 1], 1), ([4, 3, 2, -1], 4 / 16), ([-4, -3, -2, -1], 2 / 16), ([1, -1], 1)])
+def test_a_sign_flip_p_is_counted_by_hand(differences, p):
+    assert steer.sign_flip(list(differences)) == p
+
+
+def test_many_values_are_flipped_by_chance_close_to_the_exact_p():
+    x = np.random.default_rng(1).normal(.25, 1, 18)
+    every = np.zeros(1)
+    for v in x:
+        every = np.concatenate([every + v, every - v])
+    exact = (abs(every) >= abs(x.sum()) - 1e-9).mean()
+    assert .01 < exact < .5 and steer.sign_flip(x) == pytest.approx(exact, abs=.006)
+    assert 0 < steer.sign_flip([1.] * 40) < 1e-3
+
+
+@pytest.mark.parametrize("lo, hi, hoped, changes, verdict", [
+    (10, 20, 1, (5, 3, 8, 9), "beyond every control"), (10, 20, 1, (12, 3, 8, 9), "no"),
+    (10, 20, 1, (5, 12, 8, 9), "no"), (10, 20, 1, (5, 3, 15, 9), "beyond random"),
+    (10, 20, 1, (5, 3, 8, 10), "beyond random"), (-1, 20, 1, (-5, -3, -8, -9), "no"),
+    (0, 20, 1, (-5, -3, -8, -9), "no"), (10, 20, -1, (0, 0, 0, 0), "no"),
+    (-20, -10, -1, (-5, 3, 0, 9), "beyond every control"), (-20, -10, -1, (-5, -12, 0, 0), "no"),
+    (-20, -10, -1, (-5, 3, -15, 0), "beyond random")])
+def test_a_verdict_needs_the_whole_interval_beyond_each_control(lo, hi, hoped, changes, verdict):
+    names = ("random", "latents", "A - B", "needs - none")
+    controls = {n: [0, change] if hoped > 0 else [change] for n, change in zip(names, changes)}
+    assert steer.judge({"lo": lo, "hi": hi}, controls, hoped) == verdict
+    assert steer.judge({"lo": 1, "hi": 2}, {"random": [0]}, 1) == "beyond every control"
+
+
+def test_a_latent_that_b_has_is_taken_from_b_and_its_direction_added_to_a():
+    cc, f = scaled(5, 4, 3), torch.rand(6, 32)
+    s, p = SimpleNamespace(cc=cc), SimpleNamespace(f=f, prompts=range(6))
+    c = {"mean": torch.ones(1)}
+    for latent, own, other, down in ((5, "B", "A", 1), (1, "A", "B", -1), (20, "A", "B", -1)):
+        W = steer.raw_decoder(cc)[latent, "AB".index(own)]
+        f_ND = f[:, latent, None] * W
+        (_, *without), (title, *up), (_, *into) = steer.claims_of(s, p, [latent], 3., c)
+        assert title == f"{own}, alpha = 3"
+        for got, expected in ((without, (own, -f_ND, down)), (up, (own, 2 * f_ND, -down)),
+                              (into, (other, W.expand(6, -1), -down))):
+            assert got[::2] == [*expected[::2]] and torch.allclose(got[1], expected[1])
+
+
+def test_controls_have_each_prompts_length_and_come_from_the_same_partition():
+    cc, delta = scaled(32, 6, 3), torch.randn(5, 16) * torch.arange(5)[:, None]
+    sets = {n: torch.randn(20, 2, 16) * 3 for n in ("needs", "none", "tool", "plain")}
+    s = SimpleNamespace(cc=cc, sets=sets, device="cpu")
+    for latents, m in (([1], 0), ([1], 1), ([7], 1), ([20], 0)):
+        units, drawn = steer.directions(s, latents, m, n=4)
+        assert [len(u) for u in units.values()] == [4, len(drawn), 1, 1] and drawn
+        for u in units.values():
+            lengths = steer.same_length(delta, u).norm(dim=2)
+            assert torch.allclose(lengths, delta.norm(dim=1).expand_as(lengths), atol=1e-4)
+        assert latents[0] not in drawn
+        assert steer.part_of(cc, drawn) == steer.part_of(cc, latents)
+        W = steer.raw_decoder(cc)[drawn, steer.home_of(cc, latents)]
+        assert torch.allclose(units["latents"] * W.norm(dim=1, keepdim=True), W, atol=1e-5)
+        mean = sets["needs"][:, m].mean(0) - sets["none"][:, m].mean(0)
+        assert torch.allclose(units["needs - none"][0], F.normalize(mean, dim=0), atol=1e-5)
+
+
+def program(*argv):
+    return dfc.cli(steer.main, [str(a) for a in argv])
+
+
+FEW = ["--rows", 1, "--max-new", 4, "--alpha", 0, 4]
+
+
+@pytest.fixture(scope="module")
+def trained(finished):
+    """A run good enough to hold the latent; its activations are those of `finished`."""
+    out = finished.parent / "trained"
+    assert call(*QUICK[:2], "--steps", 400, "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def scene(trained, tmp_path_factory):
+    """The trained run ready to steer, with some dev and test rows of each kind."""
+    s, = steer.stage(steer.parse_args([str(trained), "--max-new", "12"]))
+    kinds, rows = Counter(), []
+    for row in dfc.read_rows(s.settings["tool_texts"]):
+        kinds[row["split"], row["kind"]] += 1
+        rows += [row] * (kinds[row["split"], row["kind"]] <= (40 if row["kind"] == "ask" else 5))
+    few = write_text(tmp_path_factory.mktemp("few") / "tools.jsonl", as_lines(*rows))
+    s.settings = s.settings | {"tool_texts": str(few)}
+    return s
+
+
+@pytest.fixture
+def few_controls(monkeypatch):
+    """Two random directions in place of ten."""
+    units = steer.random_units
+    monkeypatch.setattr(steer, "random_units", lambda n, *like: units(2, *like))
+
+
+def test_the_table_of_one_latent_is_printed_and_kept(trained, capsys):
+    assert program(trained, *FEW) == 0
+    out = capsys.readouterr().out
+    for begins in ("alpha = 0", "alpha = 4", "+ its mean", "+ its maximum", "+ mean difference",
+                   "A without it", "A, alpha = 4", "B + its mean", "A without it, every token",
+                   "A, projected out", "plain text", "question", "null: no such run", "verdict"):
+        assert ("\n" + begins) in out
+    result = json.loads((trained / "metrics.json").read_text())
+    assert "fve" in result and len(re.findall("^verdict", out, re.M)) == 1
+    result, = result["steering"]["results"]
+    assert all(len(c["controls"]["random"]) == 10 for c in result["claims"])
+    assert len(result["claims"]) >= 6 and len(result["plain_text"]["random"]) == 10
+    kept = [r for _, r in ev.read_jsonl(trained / f"steer-{result['latents'][0]}.jsonl")]
+    assert len({r["kind"] for r in kept}) == len(kept) > 3
+    assert set(kept[0]["outputs"]["A"]) == {"clean", "alpha = 0", "alpha = 4"}
+
+
+def test_the_null_is_a_run_of_the_same_sizes_whose_models_are_the_same_twice(
+        trained, scene, tmp_path, monkeypatch):
+    s = SimpleNamespace(**vars(scene) | {"folder": tmp_path / "this"})
+    copy_run(trained, s.folder)
+    copy_run(trained, tmp_path / "broken")
+    write_text(tmp_path / "broken" / "run.json", "{")
+    folder, command = steer.null_run(s)
+    assert folder is None and "tiny/toolrl --dict 512 --k 8 --layer 3 " in command
+    copy_run(trained, tmp_path / "null", model_b=s.settings["model_a"])
+    monkeypatch.setattr(steer, "dev_sets", lambda *_: s.sets)
+    assert steer.null_run(s) == (str(tmp_path / "null"), sum(map(steer.specific, s.rows)))
+    s.layer = 2
+    assert steer.null_run(s)[0] is None
+
+
+def test_a_latent_passes_only_by_every_criterion():
+    row = {"contrast": "needs/none", "partition": "a_excl", "auroc": .95, "nu_error": .1,
+           "nu_recon": .4}
+    assert steer.specific(row)
+    for other in ({"contrast": "tool/plain"}, {"partition": "shared"}, {"auroc": .89},
+                  {"nu_error": .2}, {"nu_recon": math.inf}):
+        assert not steer.specific(row | other)
+
+
+def test_the_ranking_has_the_authors_columns_and_the_latent_comes_from_dev_rows(trained, scene):
+    assert program(trained, *FEW, "--prompt", "Hello there", "--clamp", 1) == 0
+    lines = list(csv.DictReader(open(trained / "ranking.csv")))
+    assert list(lines[0])[:10] == ["rank", "feature_idx", "cohens_d", "auroc", "fire_rate_tool",
+                                   "fire_rate_nontool", "diff", "mean_tool", "mean_nontool", "sign"]
+    assert {r["contrast"] for r in lines} == {"needs/none", "tool/plain"}
+    dev = json.loads((trained / "metrics.json").read_text())["ranking"]["a_excl"]["needs/none"]
+    ours = [r for r in lines if r["partition"] == "a_excl" and r["contrast"] == "needs/none"]
+    assert [int(r["feature_idx"]) for r in ours][:len(dev)] == [r["feature_idx"] for r in dev]
+    assert steer.chosen(scene) == dev[0]["feature_idx"]
+    assert float(ours[0]["auroc"]) == pytest.approx(dev[0]["auroc"], abs=1e-6)
+
+
+@pytest.mark.parametrize("flags, verdicts, grid", [
+    ([], 2, ["A-exclusive", "shared", "B-exclusive", "A-exclusive + shared"]),
+    (["--excl", "0"], 1, ["all"])])
+def test_runs_with_a_b_exclusive_part_and_plain_crosscoders_are_steered_too(
+        flags, verdicts, grid, finished, few_controls, monkeypatch, capsys):
+    out = finished.parent / f"other{verdicts}"
+    flags = flags or ["--excl", ".2", "--excl-b", ".2"]
+    assert call(*QUICK, *flags, "--out", out) == program(out, *FEW[:-1], 3) == 0
+    metrics, printed = json.loads((out / "metrics.json").read_text()), capsys.readouterr().out
+    assert len(metrics["steering"]["results"]) == verdicts == printed.count("\nverdict")
+    titles = [{c["claim"] for c in r["claims"]} for r in metrics["steering"]["results"]]
+    assert "A without it" in titles[0] and (verdicts == 1 or "B without it" in titles[1])
+    monkeypatch.setattr(steer, "SIZES", (1, 2))
+    assert program(out, *FEW, "--grid") == 0
+    groups = json.loads((out / "metrics.json").read_text())["grid"]["groups"]
+    assert set(groups) <= set(grid) and len(groups) >= len(grid) - 1
+
+
+def test_your_own_latents_and_prompt_give_both_texts(trained, scene, capsys):
+    latents = [r["feature_idx"] for r in scene.rows][:2]
+    asked = ["--prompt", "Set an alarm", "--max-new", 4, "--latents", *latents]
+    for more, names in ((["--positions", "all"], ["alpha 0", "alpha 64"]),
+                        (["--alpha", 9], ["alpha 9"]), (["--clamp", -3], ["clamp -3"])):
+        assert program(trained, *asked, *more) == 0
+        out = capsys.readouterr().out
+        assert "\ntools: " in "\n" + out and out.count("--- A, clean\n") == 1
+        assert all(out.count(f"--- A, {name}\n") == 1 for name in names)
+    p = steer.own_prompt(scene, "Set an alarm")
+    assert "<user> Set an alarm </user>" in p.prompts[0] and p.records[0]["calls"] == []
+    assert "set_alarm" in p.records[0]["tools"]        # the tools that share most words with it
+
+
+def test_every_version_of_the_table_is_steered_at_all_positions_when_asked(scene):
+    s = SimpleNamespace(**vars(scene) | {"positions": "all"})
+    p, model = steer.place(s, steer.rows_of(s, "test", 1)), s.models["A"]
+    delta = 3 * torch.randn(2, len(p.prompts), 128)
+    for texts, v in zip(steer.outputs_of(s, p, "A", delta), delta):
+        for i, prompt in enumerate(p.prompts):
+            with ev.patch(model, s.layer, lambda h: h + v[i], "all"):
+                assert texts[i] == one_by_one(model, s.tokenizer, [prompt], 12)[0]
+
+
+def test_the_monitor_marks_the_tokens_where_the_latent_survives(trained, scene, capsys):
+    latent = steer.chosen(scene)
+    assert program(trained, "--monitor", "Set an alarm for 7", "--max-new", 6) == 0
+    bars = re.findall(r"^ *('.*?'|\".*?\") +(\d+\.\d\d) ([ *])([ |]) (#*)$",
+                      capsys.readouterr().out, re.M)
+    p = steer.own_prompt(scene, "Set an alarm for 7")
+    n = len(scene.tokenizer(p.prompts[0])["input_ids"])
+    assert len(bars) > n and [b[3] for b in bars].index("|") == n - 1
+    x = [dfc.collect(m, scene.tokenizer, p.prompts, [3], "all")[3] for m in scene.models.values()]
+    f = scene.cc.encode(torch.stack(x, 1).float())[:, latent]
+    assert [b[2] == "*" for b in bars[:n]] == (f > 0).tolist() and (f > 0).any()
+    assert all(float(b[1]) == pytest.approx(v, abs=.02) for b, v in zip(bars, f.tolist()) if v)
+    values = [float(b[1]) for b in bars]
+    assert all(abs(len(b[4]) - 40 * v / max(values)) <= .6 for b, v in zip(bars, values))
+
+
+def grid_at(scene, folder):
+    """A small grid of the trained run, four cells at once."""
+    args = steer.parse_args(["--grid", "--rows", "1", "--alpha", "0", "1", "40"])
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(steer, "SIZES", (1, 2))
+        return steer.grid(SimpleNamespace(**vars(scene) | {"folder": folder}), args, 4)
+
+
+@pytest.fixture(scope="module")
+def whole(scene, tmp_path_factory):
+    return grid_at(scene, tmp_path_factory.mktemp("grid"))
+
+
+def test_a_killed_grid_does_again_only_what_is_missing(whole, scene, tmp_path, monkeypatch):
+    append, generate, made = steer.append_lines, steer.generate, []
+
+    def killed(file, rows):
+        if file.exists():
+            raise KeyboardInterrupt
+        append(file, rows)
+    monkeypatch.setattr(steer, "append_lines", killed)
+    with pytest.raises(KeyboardInterrupt):
+        grid_at(scene, tmp_path)
+    monkeypatch.setattr(steer, "append_lines", append)
+    file = tmp_path / "grid.jsonl"
+    text = file.read_text()
+    assert text.count("\n") == 4
+    file.write_text(text[:-40])                      # the last of four lines is cut short
+
+    def counted(*args):
+        made.extend(args[5])
+        return generate(*args)
+    monkeypatch.setattr(steer, "generate", counted)
+    assert grid_at(scene, tmp_path) == whole and len(made) == len(whole) - 3
+    assert grid_at(scene, tmp_path) == whole and len(made) == len(whole) - 3
+    assert len(whole) == 2 * len({steer.key_of(c)[1:] for c in whole}) and len(whole) >= 14
+
+
+def test_every_cell_of_a_grid_is_what_steering_one_prompt_at_a_time_gives(whole, scene):
+    cells = [c for c in whole if c["split"] == "test"]
+    p, clean = steer.place(scene, steer.rows_of(scene, "test", 1, needs=True)), cells[0]["outputs"]
+    assert [len(c["latents"]) for c in cells] == [c["size"] for c in cells]
+    for cell in cells:
+        delta = (cell["alpha"] - 1) * steer.written(scene.cc, p.f, cell["latents"], 0)
+        slow = one_by_one(scene.models["A"], scene.tokenizer, p.prompts, 12, 3, delta, add=True)
+        assert cell["outputs"] == slow
+        assert cell["exact"] == [ev.score(t, r)["exact"] for t, r in zip(slow, p.records)]
+    assert any(c["outputs"] != clean for c in cells)
+
+
+def test_the_best_cell_is_chosen_on_dev_and_reported_on_test(scene, capsys):
+    def cell(split, group, size, alpha, hits):
+        return {"split": split, "group": group, "size": size, "alpha": alpha,
+                "exact": [1] * hits + [0] * (10 - hits)}
+    cells = [cell("dev", "clean", 0, 1., 2), cell("test", "clean", 0, 1., 1)]
+    for size, alpha, dev, test in ((1, 2., 5, 3), (1, 4., 8, 4), (2, 2., 6, 9), (2, 4., 3, 10)):
+        cells += [cell(split, "shared", size, alpha, hits)
+                  for split, hits in (("dev", dev), ("test", test))]
+    for where, size, alpha, dev, test in (
+            ({}, 1, 4, 60, 30), ({"alpha": 4.}, 1, 4, 60, 30), ({"size": 2}, 2, 2, 40, 80),
+            ({"alpha": 2.}, 2, 2, 40, 80)):
+        b = steer.best_of(cells, **where)
+        assert (b["size"], b["alpha"], b["dev"]["pp"], b["test"]["pp"]) == (size, alpha, dev, test)
+    assert steer.grid_report(scene, cells)["shared"]["best"] == steer.best_of(cells)
+    assert "     1   +30.0   +60.0\n     2   +40.0   +10.0\n" in capsys.readouterr().out
+
+
+def test_grids_of_several_layers_end_with_the_best_cell_of_each(finished, monkeypatch, capsys):
+    runs = [copy_run(finished, finished.parent / f"layer{n}", layer=n) for n in (1, 2, 3)]
+    effects = iter((10., 40., 70.))
+    monkeypatch.setattr(steer, "dev_sets", lambda *_: {n: torch.randn(9, 2, 128) for n in (
+        "needs", "none", "tool", "plain")})
+    monkeypatch.setattr(steer, "grid", lambda *_: [{"exact": [1]}])
+    monkeypatch.setattr(steer, "grid_report", lambda *_: {})
+    monkeypatch.setattr(steer, "best_of", lambda _: {"group": "shared", "size": 1, "alpha": 2.} | {
+        k: {"pp": pp, "lo": pp, "hi": pp} for pp in [next(effects)] for k in ("dev", "test")})
+    assert program(*runs, "--grid") == 0
+    out = capsys.readouterr().out
+    assert "1: +10.0, 2: +40.0, 3: +70.0\nmean +40.0, d_z 1.33, too few layers" in out
+
+
+def test_a_published_checkpoint_is_steered_with_a_presets_models(
+        finished, few_controls, tmp_path, monkeypatch, capsys):
+    published(tmp_path / "dfc-D8k", True, D=128, L=40, n_a=8)
+    write_text(tmp_path / "dfc-D8k" / "hparams.json", '{"layer": 3}')
+    (tmp_path / "runs").symlink_to(finished.parent)            # for its activations
+    monkeypatch.setitem(dfc.PRESETS["tiny"], "n_texts", int(QUICK[1]))
+    monkeypatch.chdir(tmp_path)
+    ours = ["--crosscoder", tmp_path / "dfc-D8k", "--preset", "tiny"]
+    assert program(*ours, *FEW, "--latents", 0, "--clamp", 2) == 0
+    assert "\nverdict   latent 0: A without it" in capsys.readouterr().out
+    for name in ("ranking.csv", "metrics.json"):
+        assert (tmp_path / "runs" / "dfc-D8k" / name).exists()
+
+
+@pytest.fixture(scope="module")
+def unsteerable(bad, finished):
+    """The folders of `bad`, and a run whose A-exclusive latents are all dead; activations kept."""
+    (bad / "cache").symlink_to(finished.parent / "cache")
+    cc = dfc.load(copy_run(finished, bad / "DEAD"))
+    with torch.no_grad():
+        cc.b_enc[:cc.n_a] = -1e9
+    dfc.save(cc, bad / "DEAD")
+    return bad
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "no finished run"), (["nothing"], "nothing is no run"), (["HALF"], "half a run"),
+    (["WIDE"], "is 8 wide"), (["RUN", "LAYER"], "different layers"),
+    (["RUN", "PLAIN"], "different models"), (["--crosscoder", "ALONE"], "--preset"),
+    (["RUN", "--latents", "64"], "latent 64 is outside RUN's dictionary of 64"),
+    (["RUN", "--latents", "3", "999", "--grid"], "latent 999 is outside"),
+    (["RUN", "--latents", "-1"], "--latents"), (["RUN", "--latents", "x"], "--latents"),
+    (["RUN", "--latents", "1.5"], "--latents"), (["RUN", "--latents"], "--latents"),
+    (["DEAD", "--latents", "0", "--rows", "2"], "--clamp"),
+    (["DEAD"], "no A-exclusive latent of DEAD"),
+    (["DEAD", "--latents", "0", "--prompt", "hello"], "--clamp"),
+    (["RUN", "--alpha", "nan"], "--alpha"), (["RUN", "--alpha", "inf"], "--alpha"),
+    (["RUN", "--alpha", "-inf"], "--alpha"), (["RUN", "--alpha", "strong"], "--alpha"),
+    (["RUN", "--clamp", "nan"], "--clamp"), (["RUN", "--positions", "some"], "--positions"),
+    (["RUN", "--prompt", " \n"], "--prompt: the prompt is empty"),
+    (["RUN", "--monitor", ""], "--monitor: the prompt is empty"),
+    (["RUN", "--grid", "--prompt", "hello"], "not allowed with"),
+    (["RUN", "--grid", "--alpha", "1"], "an empty grid"), (["RUN", "--rows", "0"], "--rows"),
+    (["RUN", "--max-new", "0"], "--max-new"),
+    (["RUN", "--latents", "9", "--max-new", "512"], "can be scored"),
+    (["RUNJSON"], "run.json is damaged"), (["--what"], "--what")])
+def test_what_cannot_be_steered_is_one_line_and_status_2(
+        argv, says, unsteerable, monkeypatch, capsys):
+    monkeypatch.chdir(unsteerable)
+    before = files(unsteerable)
+    assert program(*argv) == 2
+    err = re.sub(r"collect:.*\r", "", capsys.readouterr().err).strip()
+    assert says in err and len(err.splitlines()) == 1 and "Traceback" not in err
+    assert files(unsteerable) == before
+
+
+def test_an_interrupted_steering_ends_with_130_and_leaves_what_was_there(unsteerable, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    before, metrics = files(unsteerable), unsteerable / "RUN" / "metrics.json"
+    ranking = json.loads(metrics.read_text())["ranking"]["shared"]["needs/none"]
+    latent = ranking[0]["feature_idx"]
+    monkeypatch.setattr(steer, "generate", interrupted)
+    for more in ([], ["--grid"], ["--prompt", "hello", "--clamp", 1]):
+        assert program(unsteerable / "RUN", *FEW, "--latents", latent, *more) == 130
+    assert files(unsteerable) == before
+
+
+# ---------------------------------------------------------------------------------------------
+# 10. The sweep, its tables and figures
+# ---------------------------------------------------------------------------------------------
+
+# The published sweep: name, tool correctness of A and of B with the reconstruction patched in, in
+# percent; clean 19 and 0 (arXiv 2606.26474, its repository's results; one setting is missing).
+SWEEP = """
+cc-D16k-k160:67:4 cc-D16k-k45:52:12 cc-D16k-k90:46:3 cc-D16k-nol1-k160:42:15
+cc-D16k-nol1-k45:53:14 cc-D16k-nol1-k90:35:15 cc-D8k-k160:49:4 cc-D8k-k45:59:12 cc-D8k-k90:50:3
+cc-D8k-nol1-k160:40:8 cc-D8k-nol1-k45:70:17 cc-D8k-nol1-k90:60:0
+dfc-D16k-excl10-freeexcl-k160:58:4 dfc-D16k-excl10-freeexcl-k45:33:1
+dfc-D16k-excl10-freeexcl-k90:56:19 dfc-D16k-excl10-k160:54:5 dfc-D16k-excl10-k45:52:7
+dfc-D16k-excl3-freeexcl-k160:50:3 dfc-D16k-excl3-freeexcl-k45:50:6
+dfc-D16k-excl3-freeexcl-k90:41:9 dfc-D16k-excl3-k160:52:8 dfc-D16k-excl3-k45:43:6
+dfc-D16k-excl3-k90:42:7 dfc-D16k-excl5-freeexcl-k160:58:3 dfc-D16k-excl5-freeexcl-k45:48:6
+dfc-D16k-excl5-freeexcl-k90:45:7 dfc-D16k-excl5-k160:50:4 dfc-D16k-excl5-k45:46:3
+dfc-D16k-excl5-k90:50:3 dfc-D8k-excl10-freeexcl-k160:83:0 dfc-D8k-excl10-freeexcl-k45:43:6
+dfc-D8k-excl10-freeexcl-k90:52:9 dfc-D8k-excl10-k160:44:8 dfc-D8k-excl10-k45:57:20
+dfc-D8k-excl10-k90:53:2 dfc-D8k-excl3-freeexcl-k160:56:6 dfc-D8k-excl3-freeexcl-k45:49:6
+dfc-D8k-excl3-freeexcl-k90:37:9 dfc-D8k-excl3-k160:50:5 dfc-D8k-excl3-k45:44:1
+dfc-D8k-excl3-k90:44:6 dfc-D8k-excl5-freeexcl-k160:51:4 dfc-D8k-excl5-freeexcl-k45:57:2
+dfc-D8k-excl5-freeexcl-k90:64:3 dfc-D8k-excl5-k160:26:2 dfc-D8k-excl5-k45:45:3
+dfc-D8k-excl5-k90:52:13
+"""
+
+
+def published_rows():
+    for line in SWEEP.split():
+        name, a, b = line.split(":")
+        words = dict(re.findall(r"(excl|D|k)(\d+)", name))
+        yield {"name": name, "hyperparameters": {
+                   "dict": 1024 * int(words["D"]), "k": int(words["k"]),
+                   "excl": int(words.get("excl", 0)) / 100, "l1_shared": 0. if "nol1" in name else
+                   1e-3, "l1_excl": 0. if "freeexcl" in name else 1e-3},
+               "tool_correctness_A_delta": float(a) - 19, "tool_correctness_B_delta": float(b)}
+
+
+def table(*argv):
+    sys.path.insert(0, str(ROOT / "extras"))
+    import table
+    return dfc.cli(table.main, [str(a) for a in argv])
+
+
+def test_the_table_of_the_published_figures_is_the_published_table(tmp_path, capsys):
+    rows = write_text(tmp_path / "rows.jsonl", as_lines(*published_rows()))
+    assert table(rows, "--rows", tmp_path / "again.jsonl") == 0
+    out = capsys.readouterr().out
+    lines = {line[:18].strip(): line.split() for line in out.splitlines()}
+    assert "47 runs" in out and lines["all"][-12:-6] == "+31.2 ± 9.7 +6.7 ± 4.9".split()
+    for name, line in lines.items():  # our mean and sd beside the published columns, every line
+        if line[-6:-5] and "±" in line and name != "change, pp":
+            assert " ".join(line[-12:-6]) == " ".join(line[-6:]).replace(",", ""), name
+    assert (tmp_path / "again.jsonl").read_text() == rows.read_text()
+
+
+def test_the_table_shows_seed_noise_beside_each_effect(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    rows = [r | {"seed": seed, "tool_correctness_A_delta": (
+                 10. if r["hyperparameters"]["excl"] else 0.) + rng.normal()}
+            for r in published_rows() for seed in range(3)]
+    assert table(write_text(tmp_path / "rows.jsonl", as_lines(*rows))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    noise = next(line for line in lines if line.startswith("seed noise"))
+    assert .7 < float(noise.split()[5]) < 1.3        # the third column: tool A
+    gap = next(line for line in lines if line.startswith("DFC - crosscoder"))
+    assert 9 < float(gap.split()[5]) < 11 and float(gap.split()[6][1:-1]) > 20
+
+
+def test_a_table_mixes_no_pairs_and_counts_what_is_not_finished(tmp_path, finished, capsys):
+    assert table(finished, tmp_path) == 2
+    assert "no finished run" in capsys.readouterr().err
+    rows = [r | {"pair": [pair]} for r, pair in zip(published_rows(), "ab")]
+    assert table(write_text(tmp_path / "rows.jsonl", as_lines(*rows))) == 2
+    err = capsys.readouterr().err
+    assert "different models" in err and len(err.splitlines()) == 1
+    assert table(tmp_path / "no") == 2
+
+
+def sweep(*flags, **env):
+    return subprocess.run(["bash", str(ROOT / "run_sweep.sh"), *flags], capture_output=True,
+                          text=True, env=os.environ | env)
+
+
+def test_the_sweep_lists_the_papers_48_settings_under_their_names():
+    lines = sweep("--list", PRESET="paper").stdout.splitlines()
+    names = {line.split("--out ")[1].split()[0].rsplit("/", 1)[1] for line in lines}
+    published = {r["name"] for r in published_rows()}
+    assert len(lines) == len(names) == 48 and len(names - published) == 1 and published < names
+    for line in lines + sweep("--list", SEEDS="0 1 2").stdout.splitlines():
+        words = line.split()
+        args = dfc.parse_args(words[words.index("dfc.py") + 1:])
+        name = args.out.name
+        h = dict(re.findall(r"(excl|k)(\d+)", name))
+        assert args.k == int(h["k"]) and args.excl == int(h.get("excl", 0)) / 100
+        assert (args.l1_excl == 0) == ("freeexcl" in name) and args.resume
+        assert (args.l1_shared == 0) == ("nol1" in name) and args.excl_b == args.excl
+    assert len(sweep("--list", SEEDS="0 1 2").stdout.splitlines()) == 144
+
+
+def test_a_sweep_of_an_unknown_preset_is_one_line_and_status_2():
+    done = sweep(PRESET="no")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def plot(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "extras"))
+    import plot
+    return plot
+
+
+@pytest.fixture
+def plt(plot):
+    pytest.importorskip("matplotlib")
+    yield plot.pyplot()
+    plot.pyplot().close("all")
+
+
+def drawn_from(folder, **metrics):
+    """The arguments of a figure of one run that holds these results."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return SimpleNamespace(runs=[folder], layers=[], sweep=None, opened=[(None, {}, folder)])
+
+
+def in_pp(pp):
+    return {"pp": pp, "lo": pp - 5, "hi": pp + 5, "n": 40}
+
+
+def test_the_main_figure_shows_every_claim_and_every_control(plot, plt, tmp_path):
+    claims = [{"claim": "A without it", "effect": in_pp(-60), "verdict": "beyond random",
+               "controls": {"random": [1, 2, 3], "latents": [], "A - B": [-50]}},
+              {"claim": "B + its mean", "effect": in_pp(20), "verdict": "no",
+               "controls": {"random": [0, 0, 4]}}]
+    args = drawn_from(tmp_path, steering={"results": [
+        {"latents": [7], "claims": claims, "ranking": [{"partition": "a_excl"}]}]})
+    ax, = plot.effect(plt, args).axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["A without it", "B + its mean"]
+    assert ax.get_title(loc="left").startswith("A-exclusive latent 7, n = 40 ")
+    xs = {line.get_label(): list(line.get_xdata()) for line in ax.lines}
+    assert xs["random directions"] == [1, 2, 3, 0, 0, 4]
+    assert xs["difference of means, A - B"] == [-50]
+    bars, = ax.containers
+    assert list(bars.lines[0].get_xdata()) == [-60, 20]
+    assert bars.lines[2][0].get_segments()[0][:, 0].tolist() == [-65, -55]
+    assert {"verdict", "beyond random", "no"} <= {t.get_text() for t in ax.texts}
+
+
+def test_a_heat_map_is_the_change_on_dev_of_whole_cells_of_this_crosscoder(
+        plot, plt, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "identity", lambda run: {"weights": 1})
+
+    def cell(group, exact, split="dev", weights=1, size=1, alpha=2.):
+        return json.dumps({"group": group, "size": size, "alpha": alpha, "split": split,
+                           "exact": exact, "how": {"rows": 4, "weights": weights}}) + "\n"
+    args = drawn_from(tmp_path, grid={"best": {"dev": in_pp(0) | {"n": 4}}, "groups": {}})
+    (tmp_path / "grid.jsonl").write_text(
+        cell("clean", [0, 0, 0, 1], weights=2) + cell("all", [1, 1, 1, 1], weights=2)
+        + cell("clean", [1, 0, 0, 1], size=0) + cell("all", [1, 1, 0, 1])
+        + cell("all", [0, 0, 0, 1], alpha=0.) + cell("all", [1, 1, 1, 1])[:-20] + "\n"
+        + cell("all", [1, 1, 1, 1], split="test"))
+    ax, _ = plot.heat(plt, args).axes
+    assert ax.get_title(loc="left") == "plain crosscoder, n = 4"
+    assert [t.get_text() for t in ax.texts] == ["-25", "+25"]       # alpha 0, alpha 2
+
+
+def test_a_figure_that_cannot_be_drawn_yet_names_its_command(plot, tmp_path):
+    args = drawn_from(tmp_path / "run")
+    args.opened = []
+    for draw, says in ((plot.effect, f"python steer.py {args.runs[0]}"),
+                       (plot.grid, f"python steer.py {args.runs[0]} --grid"),
+                       (plot.heat, f"python steer.py {args.runs[0]} --grid"),
+                       (plot.layers, f"python steer.py {args.runs[0]} --grid"),
+                       (plot.sweep, "bash run_sweep.sh")):
+        assert says in draw(None, args) and "\n" not in draw(None, args)
+    args.sweep = tmp_path / "nowhere"
+    assert "bash run_sweep.sh" in plot.sweep(None, args)
+
+
+def test_figures_without_matplotlib_are_one_line_and_status_2(plot, monkeypatch, capsys):
+    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert dfc.cli(plot.main, ["runs/any"]) == 2
+    out, err = capsys.readouterr()
+    assert "pip install matplotlib" in err and err.count("\n") == 1 and not out
+
+
+# ---------------------------------------------------------------------------------------------
+# 11. The embedded pair and the README
 # ---------------------------------------------------------------------------------------------
 
 
@@ -1328,35 +2068,20 @@ def test_every_command_of_the_readme_is_understood():
             continue
         if command[:2] == ["python", "dfc.py"]:
             dfc.parse_args(command[2:])
+        elif command[:2] == ["python", "steer.py"]:
+            steer.parse_args(command[2:])
         elif command[0] == "python":
             assert (ROOT / command[1]).exists()
 
 
-def test_the_default_preset_finds_a_latent_whose_removal_stops_the_calls(tmp_path):
+def test_the_default_preset_finds_a_latent_whose_removal_stops_the_calls(trained, scene):
     """The README's claim at a smaller size: chosen on dev, taken away at the last token on test."""
-    assert call("--n-texts", "1500", "--out", tmp_path / "run") == 0
-    best = json.loads((tmp_path / "run" / "metrics.json").read_text())["ranking"]["a_excl"]
-    best = best["needs/none"][0]
+    best = json.loads((trained / "metrics.json").read_text())["ranking"]["a_excl"]["needs/none"][0]
     assert best["auroc"] > .8 and best["fire_rate_nontool"] < .2
-    cc, pair = dfc.load(tmp_path / "run"), [dfc.load_model(str(TINY / n), "cpu") for n in
-                                            ("toolrl", "base")]
-    tok = pair[0][1]
-    rows = [r for r in dfc.read_rows(TINY / "tools.jsonl") if r["split"] == "test"]
-    rows = [r for r in rows if r["kind"] == "ask"][:40]
-    prompts = [dfc.render(r, tok)[0] for r in rows]
-    x = torch.stack([dfc.collect(m, tok, prompts, [3])[3] for m, _ in pair], 1)
-    latent = best["feature_idx"]
-    f = cc.encode(x)[:, latent, None].detach()
-    removed = -f * cc.W_dec[latent, 0].detach() * cc.scale[0]
-
-    def exact(delta):
-        def hook(_, __, out):
-            if out.shape[1] > 1:  # the prefill
-                out[:, -1] += delta
-        handle = dfc.blocks(pair[0][0])[3].register_forward_hook(hook)
-        batch = tok(prompts, return_tensors="pt", padding=True, padding_side="left")
-        ids = pair[0][0].generate(**batch, max_new_tokens=64)[:, batch["input_ids"].shape[1]:]
-        handle.remove()
-        return np.mean([ev.score(t, ev.to_record(r))["exact"] for t, r in
-                        zip(tok.batch_decode(ids, skip_special_tokens=True), rows)])
-    assert exact(0 * removed) > .9 and exact(removed) < .5
+    s = SimpleNamespace(**vars(scene) | {"max_new": 64})
+    kept = [k for k in steer.rows_of(s, "test", 40) if k[0]["kind"] == "ask"]
+    p = steer.place(s, kept)
+    wrote = steer.written(s.cc, p.f, [best["feature_idx"]], 0)
+    clean, removed = (np.mean(steer.exacts(t, p))
+                      for t in steer.outputs_of(s, p, "A", torch.stack([0 * wrote, -wrote])))
+    assert len(kept) == 40 and clean > .9 and removed < .5

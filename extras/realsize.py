@@ -46,7 +46,8 @@ def stage(name, device):
     row = {"stage": name, "seconds": time.time() - began, "peak_gib": memory(device),
            "what": " ".join(map(str, said))}
     STAGES.append(row)
-    print(f"{name:24s}{row['seconds']:9.1f} s {row['peak_gib']:7.1f} GiB  {row['what']}", flush=True)
+    print(f"{name:24s}{row['seconds']:9.1f} s {row['peak_gib']:7.1f} GiB  {row['what']}",
+          flush=True)
 
 
 def shaped(layers, device, seed):

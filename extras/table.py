@@ -127,7 +127,7 @@ def print_tables(rows):
     if any(noise):
         sd = [st.mean(st.variance(v) for v in some) ** .5 if some else 0. for some in noise]
         print(f"{'seed noise, sd':21s}" + "".join(f"{s:15.1f}" for s in sd)
-              + f"   within a setting, {len(noise[0])} settings with several seeds")
+              + f"   within a setting, {max(map(len, noise))} settings with several seeds")
         print_effects(rows, sd)
 
 
@@ -143,11 +143,14 @@ def print_effects(rows, sd):
             continue
         shown = f"{factor:21s}"
         for column, noise in zip(COLUMNS, sd):
-            levels = {n: [st.mean(v) for v in by_setting(lines[n], column).values()] for n in names}
-            means = sorted((st.mean(v), len(v)) for v in levels.values() if v)
-            se = noise * (1 / (means[0][1] * seeds) + 1 / (means[-1][1] * seeds)) ** .5
-            gap = means[-1][0] - means[0][0]
-            shown += f"{f'{gap:.1f} ({gap / se:.1f})' if se else f'{gap:.1f} (-)':>15s}"
+            levels = [[st.mean(v) for v in by_setting(lines[n], column).values()] for n in names]
+            means = sorted((st.mean(v), len(v)) for v in levels if v)
+            if not noise or len(means) < 2:
+                shown += f"{'-':>15s}"
+                continue
+            (low, n_low), (high, n_high) = means[0], means[-1]
+            se = noise * (1 / (n_low * seeds) + 1 / (n_high * seeds)) ** .5
+            shown += f"{f'{high - low:.1f} ({(high - low) / se:.1f})':>15s}"
         print(shown)
 
 
