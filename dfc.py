@@ -549,12 +549,12 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
-def paired(name_a, name_b, texts, layer, positions, cache, device):
+def paired(name_a, name_b, texts, layer, positions, cache, device, load=None):
     """Both models' vectors for the same token ids (A's tokenizer) -> x_NMD, fp16 on the CPU.
 
     Kept in `cache` as one array, under a key of everything that changes it; written under another
-    name until whole, so what is there is complete. Needs: resolve, fingerprint, load_model,
-    collect."""
+    name until whole, so what is there is complete. load: load_model, or one that remembers.
+    Needs: resolve, fingerprint, load_model, collect."""
     folders = [resolve(name_a), resolve(name_b)]
     manifest = {"format": 1, "models": [fingerprint(f) for f in folders], "layer": layer,
                 "positions": positions, "dtype": "bf16" if device == "cuda" else "fp32",
@@ -572,7 +572,7 @@ def paired(name_a, name_b, texts, layer, positions, cache, device):
         raise Problem(f"widths differ: {name_a} has {widths[0]}, {name_b} has {widths[1]}")
     sides, tokenizer = [], None
     for name in (name_a, name_b):
-        model, own = load_model(name, device)
+        model, own = (load or load_model)(name, device)
         tokenizer = tokenizer or own
         if own.get_vocab() != tokenizer.get_vocab():
             raise Problem(f"{name_a} and {name_b} differ in vocabulary: token ids must agree")
@@ -890,8 +890,9 @@ def gather(args, device, train=True):
     train_texts = sets.pop("train")
     wanted = [([t for texts in sets.values() for t in texts], "last")]
     wanted += [(train_texts, args.positions)] * train
+    load = functools.cache(load_model)  # both models once, for all the texts
     x = [paired(args.model_a, args.model_b, texts, args.layer, where, args.out.parent / "cache",
-                device) for texts, where in wanted]
+                device, load) for texts, where in wanted]
     out = dict(zip(sets, x[0].split([len(texts) for texts in sets.values()])))
     if not train:
         return out, 0

@@ -2070,8 +2070,18 @@ def test_every_command_of_the_readme_is_understood():
             dfc.parse_args(command[2:])
         elif command[:2] == ["python", "steer.py"]:
             steer.parse_args(command[2:])
+        elif command[:2] == ["python", "eval_toolcall.py"]:
+            ev.parse_args(command[2:])
         elif command[0] == "python":
             assert (ROOT / command[1]).exists()
+
+
+def test_the_piece_in_the_readme_runs_and_prints_what_it_says(capsys):
+    piece = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    exec(piece, {})
+    explained, area = capsys.readouterr().out.strip().splitlines()
+    values = [float(v) for v in re.findall(r"0\.\d+", explained)]
+    assert values == pytest.approx([.96, .96], abs=.02) and area.startswith("tensor(1.")
 
 
 def test_the_default_preset_finds_a_latent_whose_removal_stops_the_calls(trained, scene):
