@@ -65,7 +65,9 @@ def exclusivity(cc, x_NMD, f_NL):
     Latent Scaling (arXiv 2504.02922): beta(y) = sum_n <f d, y_n> / sum_n |f d|^2 fits the latent's
     A direction d to y; nu = beta of B / beta of A (for a B-exclusive latent the other way round).
     y is the reconstruction (about its mean), or the error plus what this latent put into it:
-    nothing, where it may not write. Specific to its model: nu_error < .2, nu_recon < .5."""
+    nothing, where it may not write. Specific to its model: nu_error < .2, nu_recon < .5.
+    A beta may be negative: then the shared latents write the opposite, and nu compares how much of
+    it each model holds (the embedded pair's tool latent: -0.7 in A, -2.6 in B, nu_recon 3.7)."""
     W_LMD, xhat_NMD, every = raw_decoder(cc), cc.decode(f_NL), torch.arange(len(cc.b_enc))
     home = ((every >= cc.n_a) & (every < cc.n_a + cc.n_b)).long()
     d_LD = W_LMD[every, home]
@@ -106,7 +108,7 @@ def ranking(cc, sets):
 def specific(row):
     """Does a row of the ranking pass every criterion of a tool latent that only A has?"""
     return (row["contrast"] == "needs/none" and row["partition"] == "a_excl"
-            and row["auroc"] >= .9 and row["nu_error"] < .2 and row["nu_recon"] < .5)
+            and row["auroc"] >= .9 and abs(row["nu_error"]) < .2 and abs(row["nu_recon"]) < .5)
 
 
 def write_ranking(folder, rows):
