@@ -15,7 +15,8 @@ added has to go through the A-exclusive ones. (arXiv 2606.26474; the DFC is from
     n_a = n_b = 0 is the plain crosscoder; a share of 0.5 is two separate sparse autoencoders.
 
 Shapes: B vectors in a batch, N in all, M = 2 models (0 = A, 1 = B), D residual width, L latents,
-k active latents. A suffix says what a tensor is: x_BMD, f_BL.
+k active latents; E = M D, a pair laid end to end; P, Q the vectors of two sets to contrast.
+A suffix says what a tensor is: x_BMD, f_BL. "Needs:" in a docstring: what to copy with the piece.
 
     python dfc.py                          # the embedded pair: 30 to 45 s on 2 CPU cores
     python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: 2 minutes
@@ -172,7 +173,8 @@ class Crosscoder(nn.Module):
 def l1_loss(f_Bk, norms_Bk, weight_Bk):
     """Departure 2: sum_l weight_l f_l |W_dec[l]|, mean over the batch; active latents only.
 
-    f_Bk activations, norms_Bk lengths of their decoder rows over both models, weight_Bk lambdas.
+    f_Bk activations, norms_Bk lengths of their decoder rows over both models, weight_Bk lambdas;
+    or all three (L,), f as its mean over the batch: the same sum, for it is linear in f.
     A longer row with a smaller f writes the same and costs the same: there is no way round it."""
     return (weight_Bk * f_Bk * norms_Bk).sum(-1).mean()
 
@@ -212,7 +214,9 @@ def add_outer(f_Bk, index_Bk, y_BE, n_rows):
 
 class Sparse(torch.autograd.Function):
     """(decoder's output, f) of latents whose values f are known, with gradients that touch only
-    them. Autograd's own would be as large as the dictionary, and several times slower."""
+    them. Autograd's own would be as large as the dictionary, and several times slower. z, W_enc and
+    b are arguments only so that backward can return their gradients: f came from them outside,
+    without a graph. Masks and ties are confine()'s. E = M D."""
 
     @staticmethod
     def forward(ctx, z_BE, f_Bk, index_Bk, W_EL, b_L, W_LE):
@@ -227,8 +231,8 @@ class Sparse(torch.autograd.Function):
         z_BE, f_Bk, index_Bk, zhat_BE, L = ctx.kept
         g_Bk = (g_Bk + torch.autograd.grad(zhat_BE, f_Bk, g_BE)[0]) * (f_Bk > 0)
         g_L = g_BE.new_zeros(L).index_add_(0, index_Bk.flatten(), g_Bk.flatten())
-        W_enc, W_dec = (add_outer(f, index_Bk, y, L) for f, y in ((g_Bk, z_BE), (f_Bk, g_BE)))
-        return None, None, None, W_enc.T, g_L, W_dec
+        gW_enc, gW_dec = (add_outer(f, index_Bk, y, L) for f, y in ((g_Bk, z_BE), (f_Bk, g_BE)))
+        return None, None, None, gW_enc.T, g_L, gW_dec
 
 
 def reconstruct(cc, z_BMD, top):
@@ -622,8 +626,8 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
     at 1, bf16 autocast on CUDA. l1_shared and l1_excl are the lambdas of l1_loss; a latent silent
     for dead_after steps counts as dead. recipe "paper": L1 as a mean over all latents, no revival,
     constant rate. checkpoint: a file to continue from and to write every `every` steps. The shares
-    are taken over the last tenth. Needs: l1_loss, aux_loss, sparse_decode, lr_at, batch_indices,
-    write."""
+    are taken over the last tenth. Needs: l1_loss, aux_loss, where_true, reconstruct, Sparse,
+    add_outer, sparse_decode, lr_at, batch_indices, permutation, write."""
     from tqdm import tqdm
     device, published = x_NMD.device, recipe == "paper"
     cc.confine(cc.W_enc.data, cc.W_dec.data)
@@ -645,7 +649,7 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
             group["lr"] = lr if published else lr * lr_at(step, steps)
         chosen = batch_indices(len(x_NMD), batch, step, seed).to(device, non_blocking=True)
         z_BMD = cc.normalise(x_NMD[chosen])
-        with torch.no_grad():
+        with torch.no_grad():  # which latents, in low precision; Sparse brings their gradients
             parts = (t.to(kind) for t in (cc.b_enc, z_BMD.flatten(1), cc.W_enc.flatten(0, 1)))
             top = torch.addmm(*parts, out=pre_BL).topk(cc.k, dim=-1, sorted=False)
         zhat_BMD, f_Bk = reconstruct(cc, z_BMD, (top.values.relu(), top.indices))
@@ -805,6 +809,9 @@ def settle(args):
     for name in ("l1_shared", "l1_excl"):
         if getattr(args, name) is None:
             setattr(args, name, L1[args.recipe])
+    for name in ("model_a", "model_b"):  # one spelling of a folder, so that runs can be compared
+        if Path(getattr(args, name)).is_dir():
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
     if args.k > args.dict:
         raise Problem(f"--k {args.k} is larger than the dictionary, --dict {args.dict}: lower it")
     if args.tie_shared and not args.excl + args.excl_b:

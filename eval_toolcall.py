@@ -591,8 +591,8 @@ def reconstructions(cc, x_NMD, raw=False, seeds=3):
     The pair is encoded together. Into both: the activation itself (nothing may change), the
     reconstruction, its parts (one partition's latents alone; b_dec alone), and the activation plus
     noise as long as the reconstruction's error. Into B also the reconstruction when A's vector was
-    its mean or another prompt's: what is lost then had leaked in from A. raw: the published way,
-    with the mean and scale left out (see trap "lost normalisation" in the README)."""
+    its mean or another prompt's: what changes then came in from A. raw: as published, with the
+    mean and scale left out (README, "What the published pipeline gets wrong")."""
     import torch
     out = {"A": {}, "B": {}}
 
@@ -646,8 +646,9 @@ def paired(after, before, times=2000, seed=0):
 
 
 def summary(outputs, records):
-    """{model: {version: {totals, delta}}} and the scores, of {model: {version: texts}}. delta is
-    against clean on the rows that need a tool. Needs: score, totals, paired."""
+    """(scores, result) of {model: {version: texts}}: scores[model][version] one score() a row,
+    result[model][version] = {totals, delta}, delta against clean on the rows that need a tool.
+    Needs: score, totals, paired."""
     scores = {model: {version: [score(t, r) for t, r in zip(texts, records, strict=True)]
                       for version, texts in versions.items()}
               for model, versions in outputs.items()}

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# The paper's 48 settings: 2 dictionaries x 3 k x { plain crosscoder with and without L1; DFC with an
-# exclusive share of 3, 5, 10 % x exclusive latents penalised or free }, each trained, then evaluated.
+# The paper's 48 settings by our recipe: 2 dictionaries x 3 k x { plain crosscoder with and without
+# L1; DFC with an exclusive share of 3, 5, 10 % x exclusive latents penalised or free }, each
+# trained, then evaluated.
 #
 #   bash run_sweep.sh                        the same grid scaled to the embedded pair, 2 CPU cores
 #   PRESET=paper bash run_sweep.sh           the paper's sizes and names on the real pair (a GPU)
 #   SEEDS="0 1 2" bash run_sweep.sh          every setting again with other seeds
 #   bash run_sweep.sh --list                 only print the commands: xargs, parallel, SLURM arrays
-#   bash run_sweep.sh --recipe paper         what follows goes to every dfc.py (use another OUT)
+#   OUT=runs/published bash run_sweep.sh --recipe paper    what follows goes to every dfc.py
 #
-# Stop it anywhere: what is whole is skipped next time, what is not is continued. The table alone, at
-# any time:  python extras/table.py runs/sweep-tiny/*/*
+# Stop it anywhere: what is whole is skipped next time, what is not is continued. The table alone,
+# at any time:  python extras/table.py runs/sweep-tiny/*/*
 set -euo pipefail
 
 PRESET=${PRESET:-tiny}
@@ -28,7 +29,7 @@ if [ "${1:-}" = --list ]; then list=yes; shift; fi
 
 # One line a setting: its published name, then what sets it apart.
 settings() {
-  local dict k share size
+  local dict k share size flags
   for dict in $DICTS; do
     size=D$dict
     if [ "$dict" -ge 8192 ]; then size=D$((dict / 1024))k; fi
@@ -36,8 +37,9 @@ settings() {
       echo "cc-$size-k$k --dict $dict --k $k --excl 0"
       echo "cc-$size-nol1-k$k --dict $dict --k $k --excl 0 --l1-shared 0"
       for share in 3 5 10; do
-        echo "dfc-$size-excl$share-k$k --dict $dict --k $k --excl $(printf .%02d "$share")"
-        echo "dfc-$size-excl$share-freeexcl-k$k --dict $dict --k $k --excl $(printf .%02d "$share") --l1-excl 0"
+        flags="--dict $dict --k $k --excl $(printf .%02d "$share")"
+        echo "dfc-$size-excl$share-k$k $flags"
+        echo "dfc-$size-excl$share-freeexcl-k$k $flags --l1-excl 0"
       done
     done
   done
@@ -47,7 +49,8 @@ commands() {
   local seed name flags
   for seed in $SEEDS; do
     while read -r name flags; do
-      echo "$PYTHON dfc.py --preset $PRESET $flags --seed $seed --out $OUT/seed$seed/$name --resume $*"
+      flags="$flags --seed $seed --out $OUT/seed$seed/$name"
+      echo "$PYTHON dfc.py --preset $PRESET $flags --resume $*"
     done < <(settings)
   done
 }

@@ -13,7 +13,7 @@ directions of the same length that know nothing of tools (10 random ones, 10 oth
 the same partition) and two that need no dictionary (the differences of means, A - B and
 needs - none). The verdict is computed: no, beyond random, beyond every control.
 
-    python steer.py                                        # the newest run: 2 minutes on 2 cores
+    python steer.py                                        # the newest run
     python steer.py --latents 42 --alpha 0 --prompt "..."  # your own latents, strength and prompt
     python steer.py --monitor "..."                        # where in a text does the latent fire?
     python steer.py --grid                                 # how many latents, how strong?
@@ -21,7 +21,9 @@ needs - none). The verdict is computed: no, beyond random, beyond every control.
 A B-exclusive latent can hold the same difference with its sign flipped ("B lacks this"): then it is
 taken away from B, and its B direction is added to A. Both kinds go through the same code.
 
-Shapes as in dfc.py: N prompts, M = 2 models, D width, L latents, V versions of each answer.
+Shapes as in dfc.py: N prompts, M = 2 models, D width, L latents, S the chosen latents, V versions
+of each answer. Throughout, s is a scene (one run with its models: stage) and p are prompts placed
+in it (their vectors, latents and prefixes: place).
 Where we leave the paper: controls, dev and test rows apart, prompts that hold the question, and the
 ranking by prompts in the same template; the paper contrasts tool texts with plain text (printed
 beside it). Left out on purpose: steering at more than one layer at once.
@@ -133,8 +135,9 @@ def best(rows, part):
 
 
 def steering(model, layer, delta_ND, positions="last"):
-    """Context manager: delta_ND, a vector a prompt, is added to the output of block `layer` at the
-    prompt's last token ("last", the paper) or at every token ("all"). Needs: patch, replace."""
+    """The piece to copy (outputs_of does the same for many deltas at once): while it lasts,
+    delta_ND, a vector a prompt, is added to the output of block `layer` at the prompt's last token
+    ("last", the paper) or at every token ("all"). Needs: patch, replace."""
     return patch(model, layer, replace(delta_ND, add=True), positions)
 
 
@@ -151,8 +154,9 @@ def token_values(cc, h, latents, m):
 
 
 def taken_away(cc, latents, m, along=None):
-    """An edit for patch(): subtract at each token what the latents write there; `along`: the same
-    length along this unit vector instead."""
+    """An edit for patch(): subtract at each token what the latents would write there if they all
+    survived the top k, which one model alone cannot tell; `along`: the same length along this unit
+    vector instead."""
     W_SD = raw_decoder(cc)[latents, m]
 
     def edit(h):
@@ -216,7 +220,7 @@ def sign_flip(differences, times=100_000, seed=0):
 
 
 def stage(args):
-    """One SimpleNamespace per run: cc, settings, folder, layer, models, tokenizer, sets (dev
+    """A list of scenes, one per run: cc, settings, folder, layer, models, tokenizer, sets (dev
     activations), rows (of the ranking). Raises Problem."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = args.runs + [args.crosscoder] * bool(args.crosscoder) or [newest()]
@@ -349,7 +353,7 @@ def directions(s, latents, m, n=10):
 def claims_of(s, p, latents, alpha, c):
     """[(title, model changed, delta_ND, what is hoped for: -1 calls stop, +1 calls begin)].
 
-    c (K, |S|): strengths at which the latents are put into the other model, named by c's keys."""
+    c: {name: (|S|,)}, strengths at which the latents are put into the other model."""
     home, names, W = home_of(s.cc, latents), "AB", raw_decoder(s.cc)[latents]
     own, other, down = names[home], names[1 - home], 2 * home - 1
     f_ND, n = written(s.cc, p.f, latents, home), len(p.prompts)
@@ -367,7 +371,8 @@ def judge(delta, controls, hoped):
     beyond = {name: all(least > hoped * c for c in values) for name, values in controls.items()}
     if least <= 0 or not all(beyond.get(name, True) for name in ("random", "latents")):
         return "no"
-    return "beyond every control" if all(beyond.values()) else "beyond random"
+    every = {"A - B", "needs - none"} <= beyond.keys() and all(beyond.values())
+    return "beyond every control" if every else "beyond random"
 
 
 def against_controls(s, p, claims, latents, clean):
@@ -454,7 +459,9 @@ def null_run(s):
                 return str(folder), sum(map(specific, rows))
     name = s.settings["model_a"]
     name = os.path.relpath(name) if Path(name).exists() else name
-    flags = f"--dict {len(s.cc.b_enc)} --k {s.cc.k} --layer {s.layer}"
+    shares = (f"{(n + .5) / len(s.cc.b_enc):.4f}" if n else 0 for n in (s.cc.n_a, s.cc.n_b))
+    flags = "--dict {} --k {} --layer {} --excl {} --excl-b {}".format(
+        len(s.cc.b_enc), s.cc.k, s.layer, *shares)
     return None, (f"make one with python dfc.py --model-b {name} {flags} --out "
                   f"{s.folder.parent}/null")
 
@@ -590,7 +597,7 @@ def print_example(p, outputs, m, other):
               if r["calls"] and score(outputs[m]["clean"][i], r)["exact"]), 0)
     print(f"\nquestion: {p.records[i]['messages'][-1]['content']}")
     for name, version in ((m, "clean"), (m, list(outputs[m])[1]), (other, "clean"),
-                          (other, list(outputs[other])[-2])):
+                          (other, list(outputs[other])[-2])):  # the last is the mean difference
         print(f"  {name}, {version}: {outputs[name][version][i]!r}")
     print()
 
@@ -749,8 +756,13 @@ def grids(scenes, args):
 def own_prompt(s, text):
     """A one-row scene: the text as the user's words, in the form of the test row whose system text
     shares most words with it: a call can only be right if its tool is listed."""
-    kept, words = read_test(s.settings, s.tokenizer, limit=s.limit), set(text.lower().split())
-    _, record, _ = max(kept, key=lambda k: len(words & set(k[2].split("user")[0].lower().split())))
+    words = set(text.lower().split())
+
+    def shared(record):
+        listed = [t["content"] or "" for t in record["messages"] if t["role"] == "system"]
+        return len(words & set(" ".join(listed).lower().split()))
+    kept = read_test(s.settings, s.tokenizer, limit=s.limit)
+    record = max((record for _, record, _ in kept), key=shared)
     *system, user = [t for t in record["messages"] if t["role"] in ("system", "user")]
     old = user["content"]  # ToolRL wraps what is said: <user> ... </user>
     said = f"<user> {text} </user>" if old.strip().startswith("<user>") else text

@@ -1499,7 +1499,7 @@ def test_a_verdict_needs_the_whole_interval_beyond_each_control(lo, hi, hoped, c
     names = ("random", "latents", "A - B", "needs - none")
     controls = {n: [0, change] if hoped > 0 else [change] for n, change in zip(names, changes)}
     assert steer.judge({"lo": lo, "hi": hi}, controls, hoped) == verdict
-    assert steer.judge({"lo": 1, "hi": 2}, {"random": [0]}, 1) == "beyond every control"
+    assert steer.judge({"lo": 1, "hi": 2}, {"random": [0]}, 1) == "beyond random"  # no others
 
 
 def test_a_latent_that_b_has_is_taken_from_b_and_its_direction_added_to_a():
