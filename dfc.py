@@ -15,16 +15,16 @@ added has to go through the A-exclusive ones. (arXiv 2606.26474; the DFC is from
     n_a = n_b = 0 is the plain crosscoder; a share of 0.5 is two separate sparse autoencoders.
 
 Shapes: B vectors in a batch, N in all, M = 2 models (0 = A, 1 = B), D residual width, L latents,
-k active latents; E = M D, a pair laid end to end; P, Q the vectors of two sets to contrast.
-A suffix says what a tensor is: x_BMD, f_BL. "Needs:" in a docstring: what to copy with the piece.
+k active latents, T tokens; E = M D, a pair laid end to end; P, Q two sets to contrast. A suffix
+says what a tensor is: x_BMD, f_BL. "Needs:" in a docstring: what to copy along with the piece.
 
-    python dfc.py                          # the embedded pair: 30 to 45 s on 2 CPU cores
+    python dfc.py                          # the embedded pair: 40 s on 2 CPU cores
     python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: 2 minutes
     python dfc.py --excl 0                 # the plain crosscoder
     python dfc.py --recipe paper           # trained the published way, for comparison
     python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
 
-Where we leave the paper, and why, each in one place below (`--recipe paper` undoes 2 to 6):
+Where we leave the paper, and why, each in one place below (`--recipe paper` undoes 2 to 7):
   1. The mean and scale of the activations belong to the crosscoder. Published training vectors are
      standardised, evaluation vectors are not, and the statistics are lost.          [Crosscoder]
   2. Sparsity is sum_l f_l |W_dec[l]|: as a mean over all latents, lambda = 1e-3 weighs 0.1 % of the
@@ -39,6 +39,7 @@ Where we leave the paper, and why, each in one place below (`--recipe paper` und
      .007 of FVE on the embedded pair; without either, no single A-exclusive latent matters there.
   6. Half of the tool texts end where the assistant's turn begins: the place where latents are later
      ranked and patched. The published mix never contains that place.                [tool_texts]
+  7. The learning rate warms up and falls to zero at the end, in place of a constant.     [lr_at]
 
 Left out on purpose: several GPUs, token streams larger than memory, more than two models.
 """
@@ -64,6 +65,8 @@ from torch import nn
 # 1. The crosscoder
 # ---------------------------------------------------------------------------------------------
 
+NAMES = {"a_excl": "A-exclusive", "b_excl": "B-exclusive", "shared": "shared"}  # the partitions
+
 
 class Crosscoder(nn.Module):
     """A sparse dictionary over pairs of vectors, some latents confined to one model.
@@ -71,7 +74,7 @@ class Crosscoder(nn.Module):
     d_model D, n_latents L, k active latents per pair, n_a A-exclusive and n_b B-exclusive latents;
     tied: shared latents write the same direction into both models. Parameter names and shapes are
     those of the paper's checkpoints; mean and scale are ours. Draws from torch's global generator.
-    Raises ValueError for sizes that cannot be. (Paper section 3 and its Figure 1.)
+    Raises ValueError for sizes that cannot be. (Paper section 3 and its Figure 1.) Needs: NAMES.
     """
 
     def __init__(self, d_model, n_latents, k, n_a=0, n_b=0, tied=False):
@@ -101,7 +104,7 @@ class Crosscoder(nn.Module):
     def partitions(self):
         """{name: slice of latents}, in the order in which they lie."""
         a, b = self.n_a, self.n_a + self.n_b
-        return {"a_excl": slice(0, a), "b_excl": slice(a, b), "shared": slice(b, len(self.b_enc))}
+        return dict(zip(NAMES, (slice(0, a), slice(a, b), slice(b, len(self.b_enc)))))
 
     def normalise(self, x_BMD):
         """Raw activations -> zero mean, mean square one per model."""
@@ -185,7 +188,8 @@ def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L, near=None):
     The residual is detached and b_dec stays out: dead latents learn from the error and do not push
     the rest. A partition is asked only for the models it writes, and each on its own, or the many
     shared latents would win every place. near: where_true of all that may be dead, so that a GPU
-    need not wait for the list. (AuxK, arXiv 2406.04093 appendix A.2.)"""
+    need not wait for the list. (AuxK, arXiv 2406.04093 appendix A.2.) Needs: reconstruct,
+    where_true."""
     residual, total = (z_BMD - zhat_BMD).detach(), z_BMD.new_zeros(())
     written = slice(0, 1), slice(1, 2), slice(0, 2)
     for latents, models in zip(near or where_true(cc, dead_L), written):
@@ -216,7 +220,7 @@ class Sparse(torch.autograd.Function):
     """(decoder's output, f) of latents whose values f are known, with gradients that touch only
     them. Autograd's own would be as large as the dictionary, and several times slower. z, W_enc and
     b are arguments only so that backward can return their gradients: f came from them outside,
-    without a graph. Masks and ties are confine()'s. E = M D."""
+    without a graph. Masks and ties are confine()'s. E = M D. Needs: add_outer, sparse_decode."""
 
     @staticmethod
     def forward(ctx, z_BE, f_Bk, index_Bk, W_EL, b_L, W_LE):
@@ -236,7 +240,8 @@ class Sparse(torch.autograd.Function):
 
 
 def reconstruct(cc, z_BMD, top):
-    """(zhat_BMD without b_dec, f_Bk) from the picked latents, top = (values, indices)."""
+    """(zhat_BMD without b_dec, f_Bk) from the picked latents, top = (values, indices).
+    Needs: Sparse."""
     zhat_BE, f_Bk = Sparse.apply(z_BMD.flatten(1), *top, cc.W_enc.flatten(0, 1), cc.b_enc,
                                  cc.W_dec.flatten(1))
     return zhat_BE.view_as(z_BMD), f_Bk
@@ -276,7 +281,7 @@ def rank_latents(f_PL, f_QL, only=None):
     """Latents that are alive and larger on P (tool) than on Q (other), best separated first.
 
     f_PL, f_QL activations on the two sets of texts; only: a slice or list of latents to consider.
-    Returns a list of rows with the names of the authors' ranking.csv. Needs: cohens_d, auroc."""
+    Returns a list of rows with the names of the authors' ranking.csv. Needs: auroc, cohens_d."""
     d, area = cohens_d(f_PL, f_QL), auroc(f_PL, f_QL)
     table = {"cohens_d": d, "auroc": area, "fire_rate_tool": (f_PL > 0).double().mean(0),
              "fire_rate_nontool": (f_QL > 0).double().mean(0),
@@ -301,7 +306,8 @@ class Problem(Exception):
 
 
 def resolve(name):
-    """A local folder as it is; a hub name as the folder of its snapshot, downloaded if need be."""
+    """A local folder as it is; a hub name as the folder of its snapshot, downloaded if need be.
+    Needs: Problem."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -325,7 +331,8 @@ def first_line(error):
 
 
 def load_part(auto, name, **how):
-    """A part of a model, AutoTokenizer's or AutoModelForCausalLM's, from a folder or the hub."""
+    """A part of a model, AutoTokenizer's or AutoModelForCausalLM's, from a folder or the hub.
+    Needs: Problem, first_line, resolve."""
     from transformers.utils import logging
     logging.disable_progress_bar()
     folder = resolve(name)
@@ -336,7 +343,8 @@ def load_part(auto, name, **how):
 
 
 def load_model(name, device):
-    """Model in evaluation mode (bf16 on CUDA, else fp32) and its tokenizer. Raises Problem."""
+    """Model in evaluation mode (bf16 on CUDA, else fp32) and its tokenizer. Raises Problem.
+    Needs: load_part."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = load_part(AutoModelForCausalLM, name, dtype=dtype)
@@ -344,7 +352,8 @@ def load_model(name, device):
 
 
 def blocks(model):
-    """The list of a decoder's transformer blocks. Raises Problem for unknown families."""
+    """The list of a decoder's transformer blocks. Raises Problem for unknown families.
+    Needs: Problem."""
     for path in ("model.layers", "model.language_model.layers", "language_model.model.layers",
                  "transformer.h", "gpt_neox.layers", "model.decoder.layers"):
         found = model
@@ -355,27 +364,27 @@ def blocks(model):
     raise Problem(f"do not know where {type(model).__name__} keeps its blocks: add it to blocks()")
 
 
-class _Deep(Exception):
+class DeepEnough(Exception):
     """Raised by a hook when the deepest layer wanted is done: no more of the pass is needed."""
 
 
 @torch.no_grad()
 def residuals(model, ids, layers):
-    """{layer: (B, S, D)}, outputs of blocks counted from 0: layer 13 is hidden_states[14]. (Of the
+    """{layer: (B, T, D)}, outputs of blocks counted from 0: layer 13 is hidden_states[14]. (Of the
     last block it is the output before the final norm.) The pass ends after the deepest one: no
-    further block, no vocabulary head. Needs: blocks, _Deep."""
+    further block, no vocabulary head. Needs: DeepEnough, blocks."""
     found, deepest = {}, max(layers)
 
     def keep(layer):
         def hook(_, __, out):
             found[layer] = out[0] if isinstance(out, tuple) else out
             if layer == deepest:
-                raise _Deep
+                raise DeepEnough
         return hook
     handles = [blocks(model)[layer].register_forward_hook(keep(layer)) for layer in layers]
     try:
         model(input_ids=ids, use_cache=False)
-    except _Deep:
+    except DeepEnough:
         pass
     finally:
         for handle in handles:
@@ -389,7 +398,8 @@ def collect(model, tokenizer, texts, layers, positions="last", batch_tokens=None
     positions "last": one row per text, at its last token (paper section 3); "all": one per token.
     Texts go in batches of like length, padded on the right, where causal attention never looks: the
     result does not depend on the batch. Texts above max_tokens lose their beginning. Raises Problem
-    for a text without a token or a vector that is not finite. Needs: residuals, blocks."""
+    for a text without a token or a vector that is not finite. Needs: Problem, blocks, cut_batches,
+    residuals."""
     from tqdm import tqdm
     depth, device = len(blocks(model)), next(model.parameters()).device
     batch_tokens = batch_tokens or (8192 if device.type == "cuda" else 1024)  # 8192: 1.4 x slower
@@ -410,8 +420,8 @@ def collect(model, tokenizer, texts, layers, positions="last", batch_tokens=None
             padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in batch])
             place, end = torch.arange(width), torch.tensor([[len(ids[i])] for i in batch])
             wanted = (place < end) & ((place == end - 1) | (positions == "all"))
-            for layer, h_BSD in residuals(model, padded.to(device), layers).items():
-                rows = h_BSD[wanted.to(device)].half().cpu()
+            for layer, h_BTD in residuals(model, padded.to(device), layers).items():
+                rows = h_BTD[wanted.to(device)].half().cpu()
                 finite = rows.isfinite().all(1)
                 for i, own, good in zip(batch, *(t.split(wanted.sum(1).tolist())
                                                  for t in (rows, finite))):
@@ -437,12 +447,13 @@ def cut_batches(order, ids, batch_tokens):
 
 def read_rows(name, limit=None):
     """Rows (dicts) of a .jsonl file, lines of a .txt file as {"text": line}, or rows of a hub
-    dataset "owner/name" or "owner/name:config", streamed. Raises Problem naming file and row."""
+    dataset "owner/name" or "owner/name:config", streamed. Raises Problem naming file and row.
+    Needs: Problem, RowError, hub_rows, read_jsonl."""
     path = Path(name)
     if not path.is_file():
         if path.exists() or path.suffix in (".jsonl", ".txt") or name.count("/") != 1:
             raise Problem(f"no text file {name}: give a .jsonl, a .txt or a hub dataset owner/name")
-        return _hub_rows(name, limit)
+        return hub_rows(name, limit)
     if path.suffix != ".jsonl":
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -460,7 +471,8 @@ def read_rows(name, limit=None):
     return [row for _, row in rows]
 
 
-def _hub_rows(name, limit):
+def hub_rows(name, limit):
+    """Rows of a dataset on the hub, streamed. Needs: Problem."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -494,7 +506,8 @@ def chunks(text, tokenizer, size=30):
 
 
 def render(row, tokenizer):
-    """(prompt up to the assistant's turn, gold text, whether a call is wanted) of a tool row."""
+    """(prompt up to the assistant's turn, gold text, whether a call is wanted) of a tool row.
+    Needs: Problem, opened, prompt_of, to_record."""
     from eval_toolcall import opened, prompt_of, to_record
     try:
         record = to_record(row)
@@ -507,7 +520,8 @@ def render(row, tokenizer):
 def tool_texts(rows, tokenizer, n, recipe, rng):
     """n texts from tool rows. Departure 6: half are whole prompts up to the assistant's turn, the
     place where latents are ranked and patched, half the same dialogues with their answer, cut at a
-    random blank. recipe "paper": the ends of chunks of about 30 tokens, and nothing else."""
+    random blank. recipe "paper": the ends of chunks of about 30 tokens, and nothing else.
+    Needs: chunks, render."""
     if recipe == "paper" or "text" in rows[0]:
         whole = [row.get("text") or "\n".join(render(row, tokenizer)[:2]) for row in rows]
         return [c for text in whole for c in chunks(text, tokenizer)][:n]
@@ -523,7 +537,8 @@ def tool_texts(rows, tokenizer, n, recipe, rng):
 
 def corpus(tool_rows, plain_rows, tokenizer, n, recipe, seed, n_dev=300):
     """{name: texts}: "train" (n tool and n plain texts), and from the dev rows "needs" and "none"
-    (prompts that do and do not need a tool, in the same template), "tool" and "plain"."""
+    (prompts that do and do not need a tool, in the same template), "tool" and "plain".
+    Needs: Problem, chunks, render, split_of, tool_texts."""
     import random
     rng, sets = random.Random(seed), {}
     for split in ("train", "dev"):
@@ -553,12 +568,12 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
-def paired(name_a, name_b, texts, layer, positions, cache, device, load=None):
+def collect_pair(name_a, name_b, texts, layer, positions, cache, device, load=None):
     """Both models' vectors for the same token ids (A's tokenizer) -> x_NMD, fp16 on the CPU.
 
     Kept in `cache` as one array, under a key of everything that changes it; written under another
     name until whole, so what is there is complete. load: load_model, or one that remembers.
-    Needs: resolve, fingerprint, load_model, collect."""
+    Needs: Problem, collect, fingerprint, load_model, load_part, resolve."""
     folders = [resolve(name_a), resolve(name_b)]
     manifest = {"format": 1, "models": [fingerprint(f) for f in folders], "layer": layer,
                 "positions": positions, "dtype": "bf16" if device == "cuda" else "fp32",
@@ -607,7 +622,8 @@ def lr_at(step, steps):
 
 def batch_indices(n, batch, step, seed):
     """Indices of one batch: consecutive stretches of a permutation that is new in every epoch; a
-    function of step and seed alone, so that a resumed run continues where it was."""
+    function of step and seed alone, so that a resumed run continues where it was.
+    Needs: permutation."""
     batch = min(batch, n)
     epoch, place = divmod(step, n // batch)
     return permutation(n, seed * 1_000_003 + epoch)[place * batch:(place + 1) * batch]
@@ -626,8 +642,8 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
     at 1, bf16 autocast on CUDA. l1_shared and l1_excl are the lambdas of l1_loss; a latent silent
     for dead_after steps counts as dead. recipe "paper": L1 as a mean over all latents, no revival,
     constant rate. checkpoint: a file to continue from and to write every `every` steps. The shares
-    are taken over the last tenth. Needs: l1_loss, aux_loss, where_true, reconstruct, Sparse,
-    add_outer, sparse_decode, lr_at, batch_indices, permutation, write."""
+    are taken over the last tenth. Needs: aux_loss, batch_indices, l1_loss, lr_at, reconstruct,
+    where_true, write."""
     from tqdm import tqdm
     device, published = x_NMD.device, recipe == "paper"
     cc.confine(cc.W_enc.data, cc.W_dec.data)
@@ -637,7 +653,7 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
     silent, begin = torch.zeros(len(cc.b_enc), dtype=torch.long, device=device), 0
     weight = torch.full((len(cc.b_enc),), l1_shared, device=device)
     weight[:cc.n_a + cc.n_b] = l1_excl
-    shares = torch.zeros(3, device=device)
+    shares, look = torch.zeros(3, device=device), 50  # look: a glance at the state every 50 steps
     if checkpoint and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         cc.load_state_dict(state["cc"])
@@ -662,8 +678,8 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
         else:
             terms[1] = l1_loss(mean_L, cc.W_dec.flatten(1).norm(dim=1), weight)
             silent = (silent + 1) * (mean_L == 0)
-            if step % 50 == 0 or step == begin:  # all that can be dead before the next look
-                near = where_true(cc, silent > dead_after - 50)
+            if step % look == 0 or step == begin:  # all that can be dead before the next look
+                near = where_true(cc, silent > dead_after - look)
             terms[2] = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent > dead_after, near)
         opt.zero_grad()
         sum(terms).backward()
@@ -672,7 +688,7 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
         opt.step()
         if step >= .9 * steps:
             shares += torch.stack(terms).detach()
-        if step % 50 == 0:
+        if step % look == 0:
             bar.set_postfix(mse=f"{terms[0].item():.4f}")
         if checkpoint and (step + 1) % every == 0:
             write(checkpoint, lambda file: torch.save({
@@ -682,7 +698,8 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
 
 
 def write(path, save):
-    """Write a file under another name first, so that what bears its name is always whole."""
+    """Write a file under another name first, so that what bears its name is always whole.
+    Needs: Problem, first_line."""
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         save(part)
@@ -694,7 +711,8 @@ def write(path, save):
 
 
 def save(cc, folder, **more):
-    """model.safetensors and config.json, in the authors' names and shapes plus mean and scale."""
+    """model.safetensors and config.json, in the authors' names and shapes plus mean and scale.
+    Needs: write."""
     from safetensors.torch import save_file
     folder.mkdir(parents=True, exist_ok=True)
     config = {"activation_dim": cc.b_dec.shape[1], "dict_size": len(cc.b_enc), "k": cc.k,
@@ -706,7 +724,8 @@ def save(cc, folder, **more):
 
 def load(name, device="cpu"):
     """A crosscoder from a run folder or from the hub, in evaluation mode; the paper's checkpoints
-    too (model.pt, read without executing anything; mean 0 and scale 1). Raises Problem."""
+    too (model.pt, read without executing anything; mean 0 and scale 1). Raises Problem.
+    Needs: Crosscoder, Problem, first_line, resolve."""
     folder = resolve(name)
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -865,22 +884,21 @@ def report(args, m):
     print(f"latents   {args.dict}, k {args.k}, A-exclusive {c['n_a']}, B-exclusive {c['n_b']}, "
           f"shared {tied}, recipe {args.recipe}, seed {args.seed}")
     print(f"FVE       A {m['fve']['A']:.3f}   B {m['fve']['B']:.3f}   (dev)")
-    names = {"a_excl": "A-exclusive", "b_excl": "B-exclusive", "shared": "shared"}
     for title, key in (("L0", "l0"), ("live", "live")):
-        print(f"{title:10s}" + "   ".join(f"{names[n]} {v:.2f}" for n, v in m[key].items()))
+        print(f"{title:10s}" + "   ".join(f"{NAMES[n]} {v:.2f}" for n, v in m[key].items()))
     print("loss      " + "   ".join(f"{n} {100 * v:.1f} %" for n, v in m["loss_share"].items()))
     print(f"seconds   collect {m['seconds']['collect']:.0f}   train {m['seconds']['train']:.0f}")
     for part in ("a_excl", "shared"):
         for contrast, rows in m["ranking"][part].items():
             if rows:
-                print(f"\n{names[part] + ', ' + contrast:28s} latent      d   AUROC   "
+                print(f"\n{NAMES[part] + ', ' + contrast:28s} latent      d   AUROC   "
                       f"fires on {contrast}")
             for r in rows:
                 print(f"{'':28s} {r['feature_idx']:6d} {r['cohens_d']:6.2f}  {r['auroc']:6.3f}   "
                       f"{r['fire_rate_tool']:.2f} / {r['fire_rate_nontool']:.2f}")
 
 
-def versions():
+def software():
     import transformers
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
             "transformers": transformers.__version__}
@@ -898,8 +916,8 @@ def gather(args, device, train=True):
     wanted = [([t for texts in sets.values() for t in texts], "last")]
     wanted += [(train_texts, args.positions)] * train
     load = functools.cache(load_model)  # both models once, for all the texts
-    x = [paired(args.model_a, args.model_b, texts, args.layer, where, args.out.parent / "cache",
-                device, load) for texts, where in wanted]
+    x = [collect_pair(args.model_a, args.model_b, texts, args.layer, where,
+                      args.out.parent / "cache", device, load) for texts, where in wanted]
     out = dict(zip(sets, x[0].split([len(texts) for texts in sets.values()])))
     if not train:
         return out, 0
@@ -945,7 +963,7 @@ def run(args):
     m = measure(cc.eval(), sets, shares)
     m |= {"seconds": {"collect": collected - began, "train": trained - collected},
           "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-          "versions": versions(), "seed": args.seed, "config": config,
+          "versions": software(), "seed": args.seed, "config": config,
           "counts": {n: len(s) for n, s in sets.items()} | {
               "outliers": outliers, "width": x.shape[2], "n_a": cc.n_a, "n_b": cc.n_b}}
     save(cc, args.out, layer=args.layer, recipe=args.recipe)

@@ -65,7 +65,7 @@ class TooLong(ValueError):
 
 
 def format_of(row):
-    """The name of a row's format. Raises RowError."""
+    """The name of a row's format. Raises RowError. Needs: FORMATS, RowError, check."""
     check(row, {}, "a row")
     for name, shape in FORMATS.items():
         if shape.keys() <= row.keys():
@@ -74,14 +74,14 @@ def format_of(row):
 
 
 def one_format(row, first):
-    """RowError if two rows are of two formats."""
+    """RowError if two rows are of two formats. Needs: RowError, format_of."""
     if format_of(row) != format_of(first):
         raise RowError(f"{format_of(row)} format, but {format_of(first)} before")
 
 
 def check(value, shape, name=""):
     """RowError naming the field where a value is not of its shape: a type, a list of one shape,
-    or an object with at least these fields."""
+    or an object with at least these fields. Needs: RowError."""
     kind = type(shape) if isinstance(shape, (dict, list)) else shape
     if not isinstance(value, kind):
         wanted = getattr(kind, "__name__", kind)
@@ -98,6 +98,7 @@ def to_record(row):
     messages: [{role, content}], None for score-only rows;  tools: list of names;
     calls: [{name, parameters}], [] = no call wanted;  gold: its raw text, None if there is none.
     Raises RowError naming the field that is wrong, CallError when the gold does not parse.
+    Needs: FORMATS, RowError, check, format_of, gold_calls, listed_names, tool_names.
     """
     kind = format_of(row)
     check(row, FORMATS[kind])
@@ -127,7 +128,7 @@ def tool_names(text):
 
 def listed_names(tools):
     """Names from a list of tools, also as JSON text: plain names, {name: ...} or OpenAI's
-    {function: {name: ...}}."""
+    {function: {name: ...}}. Needs: RowError, check."""
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools
         check(tools, [])
@@ -139,7 +140,8 @@ def listed_names(tools):
 
 
 def gold_calls(gold):
-    """Calls of a gold answer, a text or a list; [] means that no call is wanted."""
+    """Calls of a gold answer, a text or a list; [] means that no call is wanted. Needs: CallError,
+    as_call, parse_calls."""
     if isinstance(gold, list):
         return [as_call(c.get("function", c) if isinstance(c, dict) else c) for c in gold]
     calls = parse_calls(gold)
@@ -164,6 +166,7 @@ def parse_calls(text):
     Read is what follows the last </think>, since thoughts mention the tags: every <tool_call> ...
     </tool_call> block, with one JSON object in all (Hermes) or one on each line (ToolRL). A last
     block without its closing tag is read too, its calls marked {"unclosed": True}.
+    Needs: CallError, loads, as_call.
     """
     if not isinstance(text, str):
         raise CallError(f"not text: {type(text).__name__}")
@@ -171,13 +174,13 @@ def parse_calls(text):
     for block in text.rsplit("</think>", 1)[-1].split("<tool_call>")[1:]:
         body, closed, _ = block.partition("</tool_call>")
         try:
-            _loads(body)
+            loads(body)
             pieces = [body]
         except CallError:
             pieces = [line for line in body.split("\n") if line.strip()] or [body]
         for piece in pieces:
             try:
-                calls.append(as_call(_loads(piece)) | ({} if closed else {"unclosed": True}))
+                calls.append(as_call(loads(piece)) | ({} if closed else {"unclosed": True}))
             except CallError as e:
                 wrong = wrong or e
     if wrong:
@@ -186,7 +189,8 @@ def parse_calls(text):
     return calls
 
 
-def _loads(text):
+def loads(text):
+    """The value of JSON text. Needs: CallError."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -194,20 +198,21 @@ def _loads(text):
 
 
 def as_call(obj):
-    """{name, parameters} from a call with "parameters" or "arguments" (an object or JSON text)."""
+    """{name, parameters} from a call with "parameters" or "arguments" (an object or JSON text).
+    Needs: CallError, loads, shallow."""
     if not isinstance(obj, dict) or not isinstance(obj.get("name"), str):
         raise CallError("not a call: an object with a name is wanted")
     values = obj.get("parameters", obj.get("arguments"))
-    values = _loads(values) if isinstance(values, str) else values
-    if not isinstance(values, dict) or not _shallow(values):
+    values = loads(values) if isinstance(values, str) else values
+    if not isinstance(values, dict) or not shallow(values):
         raise CallError(f"no object of parameters in the call of {obj['name'][:60]!a}")
     return {"name": obj["name"], "parameters": values}
 
 
-def _shallow(value, levels=50):
+def shallow(value, levels=50):
     """Few enough levels: comparing two values nested 500 deep ends in a RecursionError."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(_shallow(v, levels - 1) for v in inner)
+    return levels > 0 and all(shallow(v, levels - 1) for v in inner)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -225,7 +230,8 @@ def equal(a, b):
 
 
 def same_calls(calls, gold):
-    """Whether two lists of calls are equal as multisets; a call marked unclosed equals none."""
+    """Whether two lists of calls are equal as multisets; a call marked unclosed equals none.
+    Needs: equal."""
     return len(calls) == len(gold) and all(  # > 0: NaN equals nothing, itself included
         sum(equal(g, c) for c in calls) == sum(equal(g, h) for h in gold) > 0 for g in gold)
 
@@ -256,7 +262,8 @@ def jaccard(a, b):
 
 def toolrl_correctness(output, calls):
     """ToolRL's [-3, 3]: 6 (J(names) + sum of matches) / (1 + sum over gold calls (1 + keys)) - 3.
-    Each gold call in order uses up the best call of its name, unless that matches in nothing."""
+    Each gold call in order uses up the best call of its name, unless that matches in nothing.
+    Needs: jaccard."""
     if not calls:
         return 0.
     try:
@@ -285,7 +292,9 @@ def paper_rubric(output, tools):
 
 def score(output, record):
     """All scores of one output against one record of to_record(); pure. An answer with anything
-    but calls in its blocks is never exact, even if some are well-formed and count as called."""
+    but calls in its blocks is never exact, even if some are well-formed and count as called.
+    Needs: CallError, has_response, paper_rubric, parse_calls, same_calls, toolrl_correctness,
+    toolrl_format."""
     gold, wanted = record["gold"], record["calls"]
     try:
         calls, broken = parse_calls(output), False
@@ -322,7 +331,7 @@ def wilson(hits, n, z=1.96):
 def totals(scores, records):
     """{"all", "needs", "none": {"n": rows, score: total}}: all rows, those that need a tool, those
     that want none; a group without rows is absent. A total is {pct, hits, n, lo, hi} (wilson) or,
-    for MEANS, {mean, n}; paper_* count only the rows that list tools. Needs: wilson, MEANS."""
+    for MEANS, {mean, n}; paper_* count only the rows that list tools. Needs: MEANS, wilson."""
     pairs, out = list(zip(scores, records, strict=True)), {}
     for group, wants in (("all", (True, False)), ("needs", (True,)), ("none", (False,))):
         some = [(s, r) for s, r in pairs if bool(r["calls"]) in wants]
@@ -335,7 +344,8 @@ def totals(scores, records):
 
 
 def chance(records, seed=0):
-    """{line: totals} of three answers that never read the question, on the rows that list tools."""
+    """{line: totals} of three answers that never read the question, on the rows that list tools.
+    Needs: score, totals."""
     def call(name):
         line = json.dumps({"name": name, "parameters": {}})
         return f"<think> . </think>\n<tool_call>\n{line}\n</tool_call>"
@@ -363,7 +373,8 @@ def print_table(result, chances):
 
 
 def read_jsonl(name):
-    """[(number of the line, its JSON value)] of a file, or of standard input for "-"."""
+    """[(number of the line, its JSON value)] of a file, or of standard input for "-".
+    Needs: RowError."""
     data, rows = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes(), []
     try:
         lines = data.decode("utf-8-sig").split("\n")  # not splitlines: JSON may hold U+2028
@@ -379,7 +390,8 @@ def read_jsonl(name):
 
 def score_rows(rows):
     """([(scores, record)], {number: why its gold does not parse}) of numbered rows, all of one
-    format, each with a prediction. Raises RowError naming the row."""
+    format, each with a prediction. Raises RowError naming the row. Needs: CallError, RowError,
+    check, one_format, score, to_record."""
     scored, unread = [], {}
     for number, row in rows:
         try:
@@ -404,7 +416,8 @@ def say_unread(unread, n):
 
 
 def score_file(name):
-    """The job of --score."""
+    """The job of --score. Needs: chance, print_table, read_jsonl, say_unread, score_rows,
+    totals."""
     scored, unread = score_rows(read_jsonl(name))
     say_unread(unread, len(scored) + len(unread))
     scores, records = zip(*scored)
@@ -421,7 +434,8 @@ def prompt_of(record, tokenizer, style="chat", limit=None):
     template, up to the assistant's turn (how ToolRL trains and tests); "paper": the system text
     alone, raw (what the published figures used: it does not hold the question).
     Above `limit` tokens the dialogue loses its beginning, the system text with the tools stays.
-    Raises RowError where there is no template, and TooLong where cutting cannot help."""
+    Raises RowError where there is no template, and TooLong where cutting cannot help.
+    Needs: RowError, TooLong."""
     if style == "chat" and tokenizer.chat_template is None:
         raise RowError("this tokenizer has no chat template (--prompt paper needs none)")
     if not record["messages"]:
@@ -455,7 +469,8 @@ def prompt_of(record, tokenizer, style="chat", limit=None):
 def patch(model, layer, edit, positions="last"):
     """While it lasts, the output of block `layer` is edit(h), h of shape (rows, tokens, D): at the
     last prompt token, once, in the first pass ("last": prompts padded on the left); or at every
-    token of every pass ("all"). Gone afterwards, also after an exception. (Paper section 4.)"""
+    token of every pass ("all"). Gone afterwards, also after an exception. (Paper section 4.)
+    Needs: blocks."""
     import torch
     from dfc import blocks
     passes = []
@@ -487,7 +502,8 @@ def end_tokens(model, tokenizer):
 def prefill(model, tokenizer, prompts, batch_tokens=8192, share=True):
     """Batches of prompts of like length, padded on the left: [(rows, ids, mask, cache)]. The cache
     holds keys and values of every token but the last: a patch there does not change them, so they
-    are computed once for all answers. share False: no cache, for patches at every token."""
+    are computed once for all answers. share False: no cache, for patches at every token.
+    Needs: cut_batches."""
     import torch
     from transformers import DynamicCache
     from dfc import cut_batches
@@ -539,7 +555,8 @@ def with_room(cache, copies, room):
 
 
 def answer(model, tokenizer, batch, max_new, copies=1):
-    """Greedy answers to one batch of prefill(), `copies` of each prompt side by side."""
+    """Greedy answers to one batch of prefill(), `copies` of each prompt side by side.
+    Needs: end_tokens, with_room."""
     rows, ids, mask, cache = batch
     ids, mask = (t.repeat_interleave(copies, 0) for t in (ids, mask))
     cache = with_room(cache, copies, max_new + 1) if cache is not None else None
@@ -557,7 +574,7 @@ def generate(model, tokenizer, batches, max_new=64, layer=None, vectors_VND=None
 
     Each prompt is answered V times, with vectors_VND[v, n] in place of (add: added to) the output
     of block `layer` at its last token (positions: see patch); without vectors once, clean. at_once
-    bounds the tokens in flight. Needs: answer, patch, replace, end_tokens."""
+    bounds the tokens in flight. Needs: answer, edit_with, patch."""
     versions = 1 if vectors_VND is None else len(vectors_VND)
     out = [[None] * sum(len(rows) for rows, *_ in batches) for _ in range(versions)]
     for batch in batches:
@@ -567,7 +584,7 @@ def generate(model, tokenizer, batches, max_new=64, layer=None, vectors_VND=None
             around = contextlib.nullcontext()
             if vectors_VND is not None:
                 v_RD = vectors_VND[first:some.stop, rows].transpose(0, 1).flatten(0, 1)
-                around = patch(model, layer, replace(v_RD, add), positions)
+                around = patch(model, layer, edit_with(v_RD, add), positions)
             with around:
                 texts = answer(model, tokenizer, batch, max_new, len(some))
             for i, text in enumerate(texts):
@@ -575,7 +592,7 @@ def generate(model, tokenizer, batches, max_new=64, layer=None, vectors_VND=None
     return out
 
 
-def replace(v_RD, add=False):
+def edit_with(v_RD, add=False):
     """An edit for patch(): vectors, one a row, in place of or added to what is there."""
     return lambda h: v_RD[:, None].to(h) + h if add else v_RD[:, None].to(h)
 
@@ -592,8 +609,10 @@ def reconstructions(cc, x_NMD, raw=False, seeds=3):
     reconstruction, its parts (one partition's latents alone; b_dec alone), and the activation plus
     noise as long as the reconstruction's error. Into B also the reconstruction when A's vector was
     its mean or another prompt's: what changes then came in from A. raw: as published, with the
-    mean and scale left out (README, "What the published pipeline gets wrong")."""
+    mean and scale left out (README, "What the published pipeline gets wrong"). Needs: NAMES,
+    unscaled."""
     import torch
+    from dfc import NAMES
     out = {"A": {}, "B": {}}
 
     def put(version, v_NMD, into=(0, 1)):
@@ -632,11 +651,11 @@ def unscaled(cc):
     return cc
 
 
-def paired(after, before, times=2000, seed=0):
-    """{pp, lo, hi, n}: mean difference of two scores of the same rows in percentage points, with a
-    95 % bootstrap interval over rows (percentile). None without rows. Needs: numpy."""
+def paired(after, before, unit=100, times=2000, seed=0):
+    """{pp, lo, hi, n}: mean difference of two scores of the same rows, times unit (100: percentage
+    points), with a 95 % bootstrap interval over rows (percentile). None without rows."""
     import numpy as np
-    difference = 100 * (np.asarray(after, float) - np.asarray(before, float))
+    difference = unit * (np.asarray(after, float) - np.asarray(before, float))
     if not len(difference):
         return None
     draws = np.random.default_rng(seed).integers(len(difference), size=(times, len(difference)))
@@ -648,7 +667,7 @@ def paired(after, before, times=2000, seed=0):
 def summary(outputs, records):
     """(scores, result) of {model: {version: texts}}: scores[model][version] one score() a row,
     result[model][version] = {totals, delta}, delta against clean on the rows that need a tool.
-    Needs: score, totals, paired."""
+    Needs: paired, score, totals."""
     scores = {model: {version: [score(t, r) for t, r in zip(texts, records, strict=True)]
                       for version, texts in versions.items()}
               for model, versions in outputs.items()}
@@ -691,7 +710,6 @@ def print_versions(result, chances, gold):
 # 7. The program: evaluate crosscoders
 # ---------------------------------------------------------------------------------------------
 
-NAMES = {"a_excl": "A-exclusive", "b_excl": "B-exclusive", "shared": "shared"}
 RUN = {"model_a": str, "model_b": str, "tool_texts": str, "layer": int, "recipe": str,
        "preset": str}  # what is read of run.json
 MAX_NEW = {"tiny": 64, "paper": 512}  # tokens of an answer; the embedded pair's end by 50
@@ -750,7 +768,7 @@ def load_both(runs, device):
     return {"A": a, "B": b}, tokenizer
 
 
-def read_test(settings, tokenizer, style="chat", most=None, limit=4096, split="test"):
+def read_split(settings, tokenizer, style="chat", most=None, limit=4096, split="test"):
     """[(row, record, prompt)] of a split, prompts of at most 4,096 tokens or `limit`; what is left
     out or cut is said. Raises dfc.Problem."""
     import dfc
@@ -820,13 +838,13 @@ def evaluate_runs(runs, how, device):
     import torch
     models, tokenizer = load_both(runs, device)
     room = models["A"].config.get_text_config().max_position_embeddings - how["max_new"]
-    kept = read_test(runs[0][1], tokenizer, how["prompt"], how["rows"], room)
+    kept = read_split(runs[0][1], tokenizer, how["prompt"], how["rows"], room)
     _, records, prompts = zip(*kept)
     x = pair_vectors(models, tokenizer, prompts, sorted({s["layer"] for _, s, _ in runs}))
     batches = {m: prefill(models[m], tokenizer, prompts) for m in models}
 
-    def answers(m, *patch):
-        texts = generate(models[m], tokenizer, batches[m], how["max_new"], *patch)
+    def answers(m, *change):
+        texts = generate(models[m], tokenizer, batches[m], how["max_new"], *change)
         return [[opened(p) + t for p, t in zip(prompts, row)] for row in texts]
     clean = {m: {"clean": answers(m)[0]} for m in models}
     for run in runs:
@@ -842,13 +860,13 @@ def evaluate_runs(runs, how, device):
 
 def keep(folder, kept, outputs, how, seconds):
     """Every row to eval.jsonl, then the totals into metrics.json (its key "evaluation")."""
-    from dfc import versions
+    from dfc import software
     records = [record for _, record, _ in kept]
     scores, result = summary(outputs, records)
     write_rows(folder / "eval.jsonl", kept, outputs, scores)
     add_metrics(folder, "evaluation", {
         "how": how, "models": result, "chance": chance(records), "seconds": seconds,
-        "versions": versions()})
+        "versions": software()})
 
 
 def write_rows(path, kept, outputs, scores):

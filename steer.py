@@ -16,14 +16,14 @@ needs - none). The verdict is computed: no, beyond random, beyond every control.
     python steer.py                                        # the newest run
     python steer.py --latents 42 --alpha 0 --prompt "..."  # your own latents, strength and prompt
     python steer.py --monitor "..."                        # where in a text does the latent fire?
-    python steer.py --grid                                 # how many latents, how strong?
+    python steer.py --grid                                 # extras/grid.py: how many, how strong?
 
 A B-exclusive latent can hold the same difference with its sign flipped ("B lacks this"): then it is
 taken away from B, and its B direction is added to A. Both kinds go through the same code.
 
 Shapes as in dfc.py: N prompts, M = 2 models, D width, L latents, S the chosen latents, V versions
-of each answer. Throughout, s is a scene (one run with its models: stage) and p are prompts placed
-in it (their vectors, latents and prefixes: place).
+of each answer, T tokens. Throughout, s is a scene (one run with its models: stage) and p are
+prompts placed in it (their vectors, latents and prefixes: place).
 Where we leave the paper: controls, dev and test rows apart, prompts that hold the question, and the
 ranking by prompts in the same template; the paper contrasts tool texts with plain text (printed
 beside it). Left out on purpose: steering at more than one layer at once.
@@ -33,7 +33,6 @@ import argparse
 import contextlib
 import csv
 import io
-import json
 import os
 import sys
 import time
@@ -44,12 +43,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dfc import (CONTRASTS, Parser, Problem, blocks, cli, gather, number, rank_latents,
-                 read_rows, residuals, split_of, versions, write)
-from eval_toolcall import (MAX_NEW, NAMES, add_metrics, answer, generate, identity, load_both,
-                           newest, open_run, open_runs, opened, pair_vectors, paired, patch,
-                           prefill, print_versions, prompt_of, read_json, read_test, replace,
-                           score, summary, write_rows)
+from dfc import (CONTRASTS, NAMES, Parser, Problem, blocks, cli, gather, number, rank_latents,
+                 read_rows, residuals, software, split_of, write)
+from eval_toolcall import (MAX_NEW, add_metrics, answer, edit_with, generate, load_both, newest,
+                           open_run, open_runs, opened, pair_vectors, paired, patch, prefill,
+                           print_versions, prompt_of, read_json, read_split, score, summary,
+                           write_rows)
 
 # ---------------------------------------------------------------------------------------------
 # 1. Which latents? Ranking and exclusivity
@@ -69,7 +68,8 @@ def exclusivity(cc, x_NMD, f_NL):
     y is the reconstruction (about its mean), or the error plus what this latent put into it:
     nothing, where it may not write. Specific to its model: nu_error < .2, nu_recon < .5.
     A beta may be negative: then the shared latents write the opposite, and nu compares how much of
-    it each model holds (the embedded pair's tool latent: -0.7 in A, -2.6 in B, nu_recon 3.7)."""
+    it each model holds (the embedded pair's tool latent: -0.7 in A, -2.6 in B, nu_recon 3.7).
+    Needs: raw_decoder."""
     W_LMD, xhat_NMD, every = raw_decoder(cc), cc.decode(f_NL), torch.arange(len(cc.b_enc))
     home = ((every >= cc.n_a) & (every < cc.n_a + cc.n_b)).long()
     d_LD = W_LMD[every, home]
@@ -83,7 +83,8 @@ def exclusivity(cc, x_NMD, f_NL):
 
 def mirrors(cc, part):
     """(L,) largest cosine of a latent's A direction with a B direction in `part`, itself left out
-    (0 if there is none): a twin there would mean that B has the same feature after all."""
+    (0 if there is none): a twin there would mean that B has the same feature after all.
+    Needs: raw_decoder."""
     W_LMD = F.normalize(raw_decoder(cc), dim=-1)
     cosine = W_LMD[:, 0] @ W_LMD[part, 1].T
     cosine[range(part.start, part.stop), range(cosine.shape[1])] = -1
@@ -91,7 +92,8 @@ def mirrors(cc, part):
 
 
 def ranking(cc, sets):
-    """Rows of rank_latents() for both contrasts, with partition, contrast, nu and mirrors."""
+    """Rows of rank_latents() for both contrasts, with partition, contrast, nu and mirrors.
+    Needs: CONTRASTS, exclusivity, mirrors, part_of, rank_latents."""
     with torch.no_grad():
         device = cc.b_dec.device
         x = {name: sets[name].float().to(device) for name in ("needs", "none", "tool", "plain")}
@@ -114,7 +116,7 @@ def specific(row):
 
 
 def write_ranking(folder, rows):
-    """ranking.csv: the authors' columns first, then ours."""
+    """ranking.csv: the authors' columns first, then ours. Needs: write."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0] if rows else ())
     table.writeheader()
@@ -137,12 +139,12 @@ def best(rows, part):
 def steering(model, layer, delta_ND, positions="last"):
     """The piece to copy (outputs_of does the same for many deltas at once): while it lasts,
     delta_ND, a vector a prompt, is added to the output of block `layer` at the prompt's last token
-    ("last", the paper) or at every token ("all"). Needs: patch, replace."""
-    return patch(model, layer, replace(delta_ND, add=True), positions)
+    ("last", the paper) or at every token ("all"). Needs: edit_with, patch."""
+    return patch(model, layer, edit_with(delta_ND, add=True), positions)
 
 
 def written(cc, f_NL, latents, m):
-    """(N, D): what some latents write into model m, in raw units."""
+    """(N, D): what some latents write into model m, in raw units. Needs: raw_decoder."""
     return f_NL[:, latents] @ raw_decoder(cc)[latents, m]
 
 
@@ -156,7 +158,7 @@ def token_values(cc, h, latents, m):
 def taken_away(cc, latents, m, along=None):
     """An edit for patch(): subtract at each token what the latents would write there if they all
     survived the top k, which one model alone cannot tell; `along`: the same length along this unit
-    vector instead."""
+    vector instead. Needs: raw_decoder, token_values."""
     W_SD = raw_decoder(cc)[latents, m]
 
     def edit(h):
@@ -169,7 +171,8 @@ def taken_away(cc, latents, m, along=None):
 
 @contextlib.contextmanager
 def projected_out(model, directions_SD):
-    """No block's output has a component along these directions, at any token."""
+    """No block's output has a component along these directions, at any token. Needs: blocks,
+    patch."""
     basis = torch.linalg.qr(directions_SD.T.float()).Q                            # (D, S)
 
     def edit(h):
@@ -192,36 +195,13 @@ def same_length(delta_ND, units_VD):
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Statistics, numpy only (paired bootstrap intervals: eval_toolcall.paired)
-# ---------------------------------------------------------------------------------------------
-
-
-def cohens_dz(differences):
-    """Mean over standard deviation of paired differences."""
-    x = np.asarray(differences, float)
-    return float(x.mean() / x.std(ddof=1)) if len(x) > 1 and x.std() > 0 else float("nan")
-
-
-def sign_flip(differences, times=100_000, seed=0):
-    """Two-sided p: how often is |mean| as large when signs are thrown? Exact up to 16 values."""
-    x = np.asarray(differences, float)
-    if len(x) <= 16:
-        signs = 1 - 2 * (np.arange(2 ** len(x))[:, None] >> np.arange(len(x)) & 1)
-    else:
-        signs = np.random.default_rng(seed).choice([-1, 1], (times, len(x)))
-        signs[0] = 1  # what was observed is one of the ways: p is never 0
-    means = abs((signs * x).mean(1))
-    return float((means >= abs(x.mean()) - 1e-12).mean())
-
-
-# ---------------------------------------------------------------------------------------------
-# 4. The scene: a crosscoder, its models, prompts with their latents
+# 3. The scene: a crosscoder, its models, prompts with their latents
 # ---------------------------------------------------------------------------------------------
 
 
 def stage(args):
     """A list of scenes, one per run: cc, settings, folder, layer, models, tokenizer, sets (dev
-    activations), rows (of the ranking). Raises Problem."""
+    activations), ranked (rows of the ranking). Raises Problem."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = args.runs + [args.crosscoder] * bool(args.crosscoder) or [newest()]
     runs = open_runs(names, args.preset, device)
@@ -239,7 +219,7 @@ def stage(args):
         limit = models["A"].config.get_text_config().max_position_embeddings - max_new
         scenes.append(SimpleNamespace(
             cc=cc, settings=settings, folder=folder, models=models, layer=settings["layer"],
-            tokenizer=tokenizer, sets=sets, rows=ranking(cc, sets), positions=args.positions,
+            tokenizer=tokenizer, sets=sets, ranked=ranking(cc, sets), positions=args.positions,
             max_new=max_new, limit=limit, device=device))
     return scenes
 
@@ -252,7 +232,7 @@ def dev_sets(settings, folder, device):
 
 def rows_of(s, split, most, needs=False):
     """[(row, record, prompt)] of a split, `most` of each kind; needs: those that need a tool."""
-    kept = read_test(s.settings, s.tokenizer, limit=s.limit, split=split)
+    kept = read_split(s.settings, s.tokenizer, limit=s.limit, split=split)
     kept = some_of_each([k for k in kept if k[1]["calls"] or not needs], most)
     if not any(record["calls"] for _, record, _ in kept):
         raise Problem(f"no {split} row of {s.settings['tool_texts']} needs a tool")
@@ -315,7 +295,7 @@ def exacts(texts, p):
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. One latent (or a set of them): effects, controls, verdict
+# 4. One latent (or a set of them): effects, controls, verdict
 # ---------------------------------------------------------------------------------------------
 
 ALPHAS = (0., 1., 2., 4., 6., 16., 32., 64.)
@@ -439,7 +419,7 @@ def on_plain_text(s, latents, n):
         edit = taken_away(s.cc, latents, home, u)
         return cross_entropy(model, s.tokenizer, rows, lambda: patch(model, s.layer, edit, "all"))
     clean = cross_entropy(model, s.tokenizer, rows, contextlib.nullcontext)
-    effect = paired(under(None) / 100, clean / 100)  # paired() gives hundredths
+    effect = paired(under(None), clean, unit=1)
     return {"nats": effect["pp"], "lo": effect["lo"], "hi": effect["hi"], "n": len(rows),
             "clean": float(clean.mean()), "random": [
                 float((under(u) - clean).mean()) for u in random_units(10, s.cc.b_dec[0])]}
@@ -485,7 +465,7 @@ def strengths(s, latents, alphas, top_S, n):
 def one_latent(s, args):
     """The table of a latent (or a set): effects, claims beside controls, one text, the verdict. Of
     a run with B-exclusive latents also the best of those."""
-    results, twin = [effects(s, args, args.latents or [chosen(s)])], best(s.rows, "b_excl")
+    results, twin = [effects(s, args, args.latents or [chosen(s)])], best(s.ranked, "b_excl")
     if not args.latents and s.cc.n_a and twin is not None:
         try:
             results.append(effects(s, args, [twin]))
@@ -493,10 +473,10 @@ def one_latent(s, args):
             print(f"\nB-exclusive: {e}")
     null = null_run(s)
     print(f"\nA-exclusive latents that pass as tool latents of A alone (AUROC >= .9, "
-          f"nu_error < .2, nu_recon < .5): {sum(map(specific, s.rows))} of {s.cc.n_a}")
+          f"nu_error < .2, nu_recon < .5): {sum(map(specific, s.ranked))} of {s.cc.n_a}")
     print(f"null, {null[0]}: {null[1]} pass" if null[0] else f"null: no such run here; {null[1]}")
-    add_metrics(s.folder, "steering", {"results": results, "null": null, "versions": versions(),
-                                       "specific": sum(map(specific, s.rows))})
+    add_metrics(s.folder, "steering", {"results": results, "null": null, "versions": software(),
+                                       "specific": sum(map(specific, s.ranked))})
     for r in results:
         print(f"verdict   latent {' '.join(map(str, r['latents']))}: " + "; ".join(
             f"{c['claim']}: {c['verdict']}" for c in r["claims"]))
@@ -526,7 +506,7 @@ def effects(s, args, latents):
     rows += everywhere(s, needs, latents, clean) if alone else []
     print_claims(rows)
     text = on_plain_text(s, latents, args.rows) if alone else None
-    about = [r for r in s.rows if r["feature_idx"] in latents and r["contrast"] == "needs/none"]
+    about = [r for r in s.ranked if r["feature_idx"] in latents and r["contrast"] == "needs/none"]
     print_about(about, text)
     print_example(p, outputs, m, other)
     write_rows(s.folder / f"steer-{'-'.join(map(str, latents))}.jsonl", kept, outputs, scores)
@@ -555,7 +535,7 @@ def answers(s, p, args, latents, c):
 def chosen(s):
     """The best A-exclusive latent on dev rows; a plain crosscoder's best latent of all."""
     part = "a_excl" if s.cc.n_a else "b_excl" if s.cc.n_b else "shared"
-    latent = best(s.rows, part)
+    latent = best(s.ranked, part)
     if latent is None:
         raise Problem(f"no {NAMES[part]} latent of {s.folder} fires more where a tool is needed: "
                       f"name others with --latents, or train another crosscoder")
@@ -603,153 +583,7 @@ def print_example(p, outputs, m, other):
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. Grid: how many latents, how strong?
-# ---------------------------------------------------------------------------------------------
-
-SIZES = (1, 2, 4, 8, 16, 32)
-
-
-def groups(s):
-    """{name: its latents, best first}: each partition, A-exclusive with shared; of a plain
-    crosscoder all."""
-    ranked = [r for r in s.rows if r["contrast"] == "needs/none"]
-    if not s.cc.n_a + s.cc.n_b:
-        return {"all": [r["feature_idx"] for r in ranked]}
-    names = {"A-exclusive": ["a_excl"], "shared": ["shared"], "B-exclusive": ["b_excl"],
-             "A-exclusive + shared": ["a_excl", "shared"]}
-    out = {name: [r["feature_idx"] for r in ranked if r["partition"] in parts]
-           for name, parts in names.items()}
-    return {name: latents for name, latents in out.items() if latents}
-
-
-def cells_of(s, alphas):
-    """Every (group, size, alpha): the first `size` latents of a group at strength alpha on A."""
-    return [{"group": name, "size": n, "alpha": a, "latents": latents[:n]}
-            for name, latents in groups(s).items() for n in SIZES if n <= len(latents)
-            for a in alphas if a != 1]
-
-
-def key_of(cell):
-    return cell["split"], cell["group"], cell["size"], cell["alpha"]
-
-
-def grid(s, args, at_once=8):
-    """Answer every cell on dev and on test rows that need a tool -> finished cells. Each `at_once`
-    cells are written to grid.jsonl as they are done; what is there already is not done again."""
-    from tqdm import tqdm
-    file, cells = s.folder / "grid.jsonl", []
-    how = {"rows": args.rows, "max_new": s.max_new, "positions": s.positions}
-    how |= identity((s.cc, s.settings, s.folder))
-    finished = {key_of(c): c for c in read_grid(file, how)}
-    clean = {"group": "clean", "size": 0, "alpha": 1., "latents": []}
-    if not cells_of(s, args.alpha):
-        raise Problem(f"an empty grid: no alpha other than 1, or no latent of {s.folder} fires "
-                      f"more where a tool is needed")
-    for split in ("dev", "test"):
-        todo = [c | {"split": split} for c in [clean, *cells_of(s, args.alpha)]]
-        missing = [c for c in todo if key_of(c) not in finished]
-        p = place(s, rows_of(s, split, args.rows, needs=True)) if missing else None
-        for i in tqdm(range(0, len(missing), at_once), desc=f"grid, {split}", leave=False):
-            some = missing[i:i + at_once]
-            deltas = [(c["alpha"] - 1) * written(s.cc, p.f, c["latents"], 0) for c in some]
-            texts = outputs_of(s, p, "A", torch.stack(deltas))
-            new = [c | {"how": how, "outputs": t, "exact": exacts(t, p)}
-                   for c, t in zip(some, texts)]
-            append_lines(file, new)
-            finished |= {key_of(c): c for c in new}
-        cells += [finished[key_of(c)] for c in todo]
-    return cells
-
-
-def read_grid(file, how):
-    """Whole cells of grid.jsonl made the same way. A line cut short by a kill is left out."""
-    cells = []
-    for line in file.read_text(errors="replace").split("\n") if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            cells.append(json.loads(line))
-    return [c for c in cells if c["how"] == how]
-
-
-def append_lines(file, rows):
-    """Add lines at the end, beginning a new line if the last one was cut short."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    cut = file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n")
-    with open(file, "a") as f:
-        f.write("\n" * bool(cut) + text)
-
-
-def best_of(cells, **where):
-    """The cell with most exact calls on dev among those with these fields, and its effect on test
-    (paired interval): chosen on one, reported on the other."""
-    clean = {c["split"]: c["exact"] for c in cells if c["group"] == "clean"}
-    some = [c for c in cells if all(c[k] == v for k, v in where.items()) and c["group"] != "clean"]
-    top = max((c for c in some if c["split"] == "dev"), key=lambda c: sum(c["exact"]))
-    test = next(c for c in some if key_of(c) == ("test", *key_of(top)[1:]))
-    return {"group": top["group"], "size": top["size"], "alpha": top["alpha"],
-            "dev": paired(top["exact"], clean["dev"]), "test": paired(test["exact"], clean["test"])}
-
-
-def grid_report(s, cells):
-    """Saturation curve, best alpha, heat map; returns them for metrics.json."""
-    out = {}
-    for name in dict.fromkeys(c["group"] for c in cells if c["group"] != "clean"):
-        mine = [c for c in cells if c["group"] in (name, "clean")]
-        fields = {f: sorted({c[f] for c in mine if c["group"] == name}) for f in ("size", "alpha")}
-        out[name] = {f: [best_of(mine, **{f: v}) for v in values] for f, values in fields.items()}
-        out[name]["best"] = best_of(mine)
-        for f, title in (("size", "|S|"), ("alpha", "alpha")):
-            print(f"\n{name}: best cell at each {title}, chosen on dev, change of exact on test\n"
-                  f"{title:>6s}   other   dev pp   test pp, 95 %")
-            for row in out[name][f]:
-                other = row["alpha" if f == "size" else "size"]
-                t = row["test"]
-                print(f"{row[f]:6g}{other:8g}{row['dev']['pp']:+9.1f}{t['pp']:+10.1f} "
-                      f"[{t['lo']:+.1f}, {t['hi']:+.1f}]")
-        heat_map(mine, name, fields)
-    return out
-
-
-def heat_map(cells, name, fields):
-    """Change of exact on dev, a row for each |S| and a column for each alpha."""
-    clean = next(c["exact"] for c in cells if c["group"] == "clean" and c["split"] == "dev")
-    value = {(c["size"], c["alpha"]): 100 * (np.mean(c["exact"]) - np.mean(clean))
-             for c in cells if c["split"] == "dev" and c["group"] == name}
-    print(f"\n{name}: change of exact on dev, pp\n   |S|" + "".join(
-        f"{'a ' + format(a, 'g'):>8s}" for a in fields["alpha"]))
-    for n in fields["size"]:
-        print(f"{n:6d}" + "".join(f"{value[n, a]:+8.1f}" for a in fields["alpha"]))
-
-
-def grids(scenes, args):
-    """The grid of each run; with several layers their best cells together."""
-    bests = []
-    for s in scenes:
-        began, cells = time.time(), grid(s, args)
-        print(f"\n{s.folder}, layer {s.layer}: {len(cells)} cells, "
-              f"{len(cells[0]['exact'])} prompts each")
-        result = grid_report(s, cells)
-        bests.append({"run": str(s.folder), "layer": s.layer, **best_of(cells)})
-        add_metrics(s.folder, "grid", {"groups": result, "best": bests[-1],
-                                       "seconds": time.time() - began, "versions": versions()})
-        b = bests[-1]
-        print(f"\nbest cell: {b['group']}, |S| {b['size']}, alpha {b['alpha']:g}: test "
-              f"{b['test']['pp']:+.1f} [{b['test']['lo']:+.1f}, {b['test']['hi']:+.1f}] pp "
-              f"(paper: one A-exclusive latent, alpha 32: +65.0 [47.9, 82.1])")
-    layers = {b["layer"] for b in bests}
-    if len(layers) > 1:
-        effects = [max((b for b in bests if b["layer"] == layer), key=lambda b: b["dev"]["pp"])
-                   ["test"]["pp"] for layer in sorted(layers)]
-        print("\nbest cell per layer, change on test: " + ", ".join(
-            f"{layer}: {e:+.1f}" for layer, e in zip(sorted(layers), effects)))
-        p = f"sign-flip p {sign_flip(effects):.4f}" if len(effects) > 5 else \
-            "too few layers for a p-value"
-        print(f"mean {np.mean(effects):+.1f}, d_z {cohens_dz(effects):.2f}, {p} "
-              f"(paper: +43.3 over 9 layers, d_z 1.61)")
-
-
-# ---------------------------------------------------------------------------------------------
-# 7. Your own prompt, and where a latent fires
+# 5. Your own prompt, and where a latent fires
 # ---------------------------------------------------------------------------------------------
 
 
@@ -761,7 +595,7 @@ def own_prompt(s, text):
     def shared(record):
         listed = [t["content"] or "" for t in record["messages"] if t["role"] == "system"]
         return len(words & set(" ".join(listed).lower().split()))
-    kept = read_test(s.settings, s.tokenizer, limit=s.limit)
+    kept = read_split(s.settings, s.tokenizer, limit=s.limit)
     record = max((record for _, record, _ in kept), key=shared)
     *system, user = [t for t in record["messages"] if t["role"] in ("system", "user")]
     old = user["content"]  # ToolRL wraps what is said: <user> ... </user>
@@ -796,21 +630,21 @@ def monitor(s, args):
     p, latents = own_prompt(s, args.monitor), args.latents or [chosen(s)]
     text = p.prompts[0] + outputs_of(s, p, "A")[0][0].removeprefix(opened(p.prompts[0]))
     ids = torch.tensor([s.tokenizer(text, add_special_tokens=False)["input_ids"]], device=s.device)
-    x_SMD = torch.stack([residuals(m, ids, [s.layer])[s.layer][0] for m in s.models.values()], 1)
-    pre_SL, f_SL = s.cc.preactivations(s.cc.normalise(x_SMD)), s.cc.encode(x_SMD)
+    x_TMD = torch.stack([residuals(m, ids, [s.layer])[s.layer][0] for m in s.models.values()], 1)
+    pre_TL, f_TL = s.cc.preactivations(s.cc.normalise(x_TMD)), s.cc.encode(x_TMD)
     for latent in latents:
-        top = pre_SL[:, latent].max().item() or 1.
+        top = pre_TL[:, latent].max().item() or 1.
         print(f"\nlatent {latent}   (| ends the prompt, * survives the top {s.cc.k})")
         end = len(s.tokenizer(p.prompts[0], add_special_tokens=False)["input_ids"]) - 1
         for i, token in enumerate(ids[0].tolist()):
-            value = pre_SL[i, latent].item()
+            value = pre_TL[i, latent].item()
             print(f"{s.tokenizer.decode([token])!r:>20s} {value:7.2f} "
-                  f"{'*' if f_SL[i, latent] > 0 else ' '}{'|' if i == end else ' '} "
+                  f"{'*' if f_TL[i, latent] > 0 else ' '}{'|' if i == end else ' '} "
                   f"{'#' * round(40 * value / top)}")
 
 
 # ---------------------------------------------------------------------------------------------
-# 8. The program
+# 6. The program
 # ---------------------------------------------------------------------------------------------
 
 
@@ -847,9 +681,10 @@ def main(argv=None):
     for s in scenes if not args.grid else ():
         work(s, args)
     if args.grid:
+        from extras.grid import grids
         grids(scenes, args)
     for s in scenes:
-        write_ranking(s.folder, s.rows)
+        write_ranking(s.folder, s.ranked)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """The specification of dfc: what is true of every piece, one sentence a test. pytest runs it in
 under 90 s on 2 CPU cores, without a GPU and without a network."""
 
+import ast
 import contextlib
 import copy
 import csv
+import dis
 import functools
 import io
 import json
 import math
-import os
 import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 import dfc
 import eval_toolcall as ev
 import steer
+from extras import grid
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -66,8 +69,8 @@ def test_encode_and_decode_match_a_python_loop():
     xhat, f = cc(x)
     for b in range(len(x)):
         z = [(x[b, m] - cc.mean[m]) / cc.scale[m] for m in range(2)]
-        pre = [max(0., float(sum(z[m] @ (cc.W_enc[m, :, l] * cc.enc_mask[m, l]) for m in range(2))
-                             + cc.b_enc[l])) for l in range(32)]
+        pre = [max(0., sum(z[m] @ (cc.W_enc[m, :, l] * cc.enc_mask[m, l]) for m in range(2)).item()
+                   + cc.b_enc[l].item()) for l in range(32)]
         kept = sorted(range(32), key=lambda l: -pre[l])[:cc.k]
         for l in range(32):
             assert f[b, l].item() == pytest.approx(pre[l] if l in kept else 0., abs=1e-5)
@@ -330,16 +333,16 @@ def test_activations_are_kept_and_the_key_covers_texts_layer_and_weights(tmp_pat
     for file in (TINY / "toolrl").iterdir():
         (a / file.name).write_bytes(file.read_bytes())
     args = corpus_args(model_a=str(a), cache=tmp_path / "cache")
-    first, loads, load_model = dfc.paired(*order(args)), [], dfc.load_model
+    first, loads, load_model = dfc.collect_pair(*order(args)), [], dfc.load_model
     monkeypatch.setattr(dfc, "load_model", lambda *x: loads.append(x) or load_model(*x))
-    assert torch.equal(dfc.paired(*order(args)), first) and not loads
-    dfc.paired(*order(args | {"layer": 0}))
-    dfc.paired(*order(args | {"texts": ["one", "two wordz"]}))
+    assert torch.equal(dfc.collect_pair(*order(args)), first) and not loads
+    dfc.collect_pair(*order(args | {"layer": 0}))
+    dfc.collect_pair(*order(args | {"texts": ["one", "two wordz"]}))
     assert len(loads) == 4
     from safetensors.torch import load_file, save_file
     weights = load_file(a / "model.safetensors")
     save_file({n: w * 1.01 for n, w in weights.items()}, a / "model.safetensors", {"format": "pt"})
-    assert not torch.equal(dfc.paired(*order(args)), first) and len(loads) == 6
+    assert not torch.equal(dfc.collect_pair(*order(args)), first) and len(loads) == 6
 
 
 def order(args):
@@ -352,7 +355,7 @@ def test_a_full_disk_while_caching_says_so_and_leaves_nothing(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(dfc.Problem, match="No space left"):
-        dfc.paired(*order(corpus_args(cache=tmp_path / "cache")))
+        dfc.collect_pair(*order(corpus_args(cache=tmp_path / "cache")))
     assert not any((tmp_path / "cache").iterdir())
 
 
@@ -445,30 +448,6 @@ def test_foreign_truncated_and_pickled_checkpoints_are_refused_and_not_run(tmp_p
         with pytest.raises(dfc.Problem, match="no crosscoder that can be read"):
             dfc.load(str(tmp_path / name))
     assert not (tmp_path / "exploded").exists()
-
-
-@pytest.fixture(scope="module")
-def toy():
-    sys.path.insert(0, str(ROOT / "extras"))
-    import toy
-    return toy
-
-
-def test_planted_exclusive_features_are_recovered(toy):
-    x, d = toy.plant(n_concepts=48, n_only=4, n_vectors=6000, d_model=48)
-    cc = toy.fit(x, n_latents=64, tied=True, steps=800)
-    recall, _ = toy.grade(cc, x, d, 4, 0)
-    assert recall >= .75
-
-
-def test_a_pair_of_identical_models_yields_no_exclusive_feature(toy):
-    """With A-exclusive latents only. With B-exclusive ones besides, a shared concept can be written
-    by one latent of each, and some are: mirror pairs, hence n_b = 0 in the default preset."""
-    x, d = toy.plant(n_concepts=48, n_only=0, turn=0., n_vectors=6000, noise=0.)
-    x[:, 1] = x[:, 0]
-    cc = toy.fit(x, share_b=0., tied=True, steps=800)
-    mass = torch.cat([cc.encode(v) for v in x.split(1000)]).sum(0)
-    assert mass[:cc.n_a].sum() < .01 * mass.sum()
 
 
 def plain_loss(cc, z, silent, weight, dead_after, aux=1 / 32):
@@ -953,7 +932,6 @@ def test_whatever_a_row_holds_it_is_a_record_or_one_of_two_errors():
 
 
 def test_importing_the_scorer_and_dfc_is_light():
-    import subprocess
     code = "import sys, {}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     for module, heavy in (("eval_toolcall", "[]"), ("dfc", "['torch']")):
         done = subprocess.run([sys.executable, "-c", code.format(module)], cwd=ROOT,
@@ -970,7 +948,7 @@ def test_importing_the_scorer_and_dfc_is_light():
 def pair():
     models = {m: dfc.load_model(str(TINY / n), "cpu") for m, n in (("A", "toolrl"), ("B", "base"))}
     tok = models["A"][1]
-    kept = ev.read_test(dfc.PRESETS["tiny"], tok, most=9)
+    kept = ev.read_split(dfc.PRESETS["tiny"], tok, most=9)
     return {m: model for m, (model, _) in models.items()}, tok, [prompt for *_, prompt in kept]
 
 
@@ -1023,7 +1001,7 @@ def test_a_patch_replaces_the_last_token_of_one_block_in_the_first_pass_only():
     model, ids, seen = random_model("Qwen2"), torch.tensor([[5, 6, 7], [8, 9, 3]]), []
     clean = [dfc.residuals(model, ids, [layer])[layer] for layer in range(3)]
     v = torch.randn(2, 16)
-    with ev.patch(model, 1, ev.replace(v)):
+    with ev.patch(model, 1, ev.edit_with(v)):
         for _ in range(2):
             seen.append(dfc.residuals(model, ids, [0, 1, 2]))
     first, second = seen
@@ -1031,7 +1009,7 @@ def test_a_patch_replaces_the_last_token_of_one_block_in_the_first_pass_only():
     assert torch.equal(first[0], clean[0]) and torch.equal(first[2][:, :-1], clean[2][:, :-1])
     assert not torch.allclose(first[2][:, -1], clean[2][:, -1])
     assert all(torch.equal(second[layer], clean[layer]) for layer in range(3))
-    with ev.patch(model, 1, ev.replace(v, add=True), positions="all"):
+    with ev.patch(model, 1, ev.edit_with(v, add=True), positions="all"):
         for _ in range(2):
             every = dfc.residuals(model, ids, [1])[1]
             assert torch.allclose(every, clean[1] + v[:, None])
@@ -1155,7 +1133,7 @@ def test_prompts_that_were_cut_are_counted(pair, capsys):
     _, tok, prompts = pair
     lengths = [len(tok(prompt)["input_ids"]) for prompt in prompts]
     limit, many = max(lengths) - 1, lengths.count(max(lengths))
-    kept = ev.read_test(dfc.PRESETS["tiny"], tok, most=9, limit=limit)
+    kept = ev.read_split(dfc.PRESETS["tiny"], tok, most=9, limit=limit)
     assert sum(a != b for (*_, a), b in zip(kept, prompts, strict=True)) == many
     assert capsys.readouterr().out.startswith(
         f"{many} prompts longer than {limit} tokens: {many} tokens cut")
@@ -1467,15 +1445,15 @@ def test_a_mirror_is_a_twin_elsewhere_and_never_the_latent_itself():
 
 
 def test_cohens_dz_is_the_textbook_value():
-    assert steer.cohens_dz([1, 2, 3]) == pytest.approx(2)
-    assert math.isnan(steer.cohens_dz([1, 1])) and math.isnan(steer.cohens_dz([4]))
+    assert grid.cohens_dz([1, 2, 3]) == pytest.approx(2)
+    assert math.isnan(grid.cohens_dz([1, 1])) and math.isnan(grid.cohens_dz([4]))
 
 
 @pytest.mark.parametrize("differences, p", [
     (range(1, 10), 2 / 2 ** 9), ([5], 1), ([2, 2, 1], 2 / 8), ([3, 1], 2 / 4), ([1, 1, -1], 1),
     ([0, 1], 1), ([4, 3, 2, -1], 4 / 16), ([-4, -3, -2, -1], 2 / 16), ([1, -1], 1)])
 def test_a_sign_flip_p_is_counted_by_hand(differences, p):
-    assert steer.sign_flip(list(differences)) == p
+    assert grid.sign_flip(list(differences)) == p
 
 
 def test_many_values_are_flipped_by_chance_close_to_the_exact_p():
@@ -1484,8 +1462,8 @@ def test_many_values_are_flipped_by_chance_close_to_the_exact_p():
     for v in x:
         every = np.concatenate([every + v, every - v])
     exact = (abs(every) >= abs(x.sum()) - 1e-9).mean()
-    assert .01 < exact < .5 and steer.sign_flip(x) == pytest.approx(exact, abs=.006)
-    assert 0 < steer.sign_flip([1.] * 40) < 1e-3
+    assert .01 < exact < .5 and grid.sign_flip(x) == pytest.approx(exact, abs=.006)
+    assert 0 < grid.sign_flip([1.] * 40) < 1e-3
 
 
 @pytest.mark.parametrize("lo, hi, hoped, changes, verdict", [
@@ -1596,7 +1574,7 @@ def test_the_null_is_a_run_of_the_same_sizes_whose_models_are_the_same_twice(
     assert folder is None and "tiny/toolrl --dict 512 --k 8 --layer 3 " in command
     copy_run(trained, tmp_path / "null", model_b=s.settings["model_a"])
     monkeypatch.setattr(steer, "dev_sets", lambda *_: s.sets)
-    assert steer.null_run(s) == (str(tmp_path / "null"), sum(map(steer.specific, s.rows)))
+    assert steer.null_run(s) == (str(tmp_path / "null"), sum(map(steer.specific, s.ranked)))
     s.layer = 2
     assert steer.null_run(s)[0] is None
 
@@ -1623,11 +1601,11 @@ def test_the_ranking_has_the_authors_columns_and_the_latent_comes_from_dev_rows(
     assert float(ours[0]["auroc"]) == pytest.approx(dev[0]["auroc"], abs=1e-6)
 
 
-@pytest.mark.parametrize("flags, verdicts, grid", [
+@pytest.mark.parametrize("flags, verdicts, names", [
     ([], 2, ["A-exclusive", "shared", "B-exclusive", "A-exclusive + shared"]),
     (["--excl", "0"], 1, ["all"])])
 def test_runs_with_a_b_exclusive_part_and_plain_crosscoders_are_steered_too(
-        flags, verdicts, grid, finished, few_controls, monkeypatch, capsys):
+        flags, verdicts, names, finished, few_controls, monkeypatch, capsys):
     out = finished.parent / f"other{verdicts}"
     flags = flags or ["--excl", ".2", "--excl-b", ".2"]
     assert call(*QUICK, *flags, "--out", out) == program(out, *FEW[:-1], 3) == 0
@@ -1635,14 +1613,14 @@ def test_runs_with_a_b_exclusive_part_and_plain_crosscoders_are_steered_too(
     assert len(metrics["steering"]["results"]) == verdicts == printed.count("\nverdict")
     titles = [{c["claim"] for c in r["claims"]} for r in metrics["steering"]["results"]]
     assert "A without it" in titles[0] and (verdicts == 1 or "B without it" in titles[1])
-    monkeypatch.setattr(steer, "SIZES", (1, 2))
+    monkeypatch.setattr(grid, "SIZES", (1, 2))
     assert program(out, *FEW, "--grid") == 0
     groups = json.loads((out / "metrics.json").read_text())["grid"]["groups"]
-    assert set(groups) <= set(grid) and len(groups) >= len(grid) - 1
+    assert set(groups) <= set(names) and len(groups) >= len(names) - 1
 
 
 def test_your_own_latents_and_prompt_give_both_texts(trained, scene, capsys):
-    latents = [r["feature_idx"] for r in scene.rows][:2]
+    latents = [r["feature_idx"] for r in scene.ranked][:2]
     asked = ["--prompt", "Set an alarm", "--max-new", 4, "--latents", *latents]
     for more, names in ((["--positions", "all"], ["alpha 0", "alpha 64"]),
                         (["--alpha", 9], ["alpha 9"]), (["--clamp", -3], ["clamp -3"])):
@@ -1685,8 +1663,8 @@ def grid_at(scene, folder):
     """A small grid of the trained run, four cells at once."""
     args = steer.parse_args(["--grid", "--rows", "1", "--alpha", "0", "1", "40"])
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(steer, "SIZES", (1, 2))
-        return steer.grid(SimpleNamespace(**vars(scene) | {"folder": folder}), args, 4)
+        m.setattr(grid, "SIZES", (1, 2))
+        return grid.grid(SimpleNamespace(**vars(scene) | {"folder": folder}), args, 4)
 
 
 @pytest.fixture(scope="module")
@@ -1695,16 +1673,16 @@ def whole(scene, tmp_path_factory):
 
 
 def test_a_killed_grid_does_again_only_what_is_missing(whole, scene, tmp_path, monkeypatch):
-    append, generate, made = steer.append_lines, steer.generate, []
+    append, generate, made = grid.append_lines, steer.generate, []
 
     def killed(file, rows):
         if file.exists():
             raise KeyboardInterrupt
         append(file, rows)
-    monkeypatch.setattr(steer, "append_lines", killed)
+    monkeypatch.setattr(grid, "append_lines", killed)
     with pytest.raises(KeyboardInterrupt):
         grid_at(scene, tmp_path)
-    monkeypatch.setattr(steer, "append_lines", append)
+    monkeypatch.setattr(grid, "append_lines", append)
     file = tmp_path / "grid.jsonl"
     text = file.read_text()
     assert text.count("\n") == 4
@@ -1716,7 +1694,7 @@ def test_a_killed_grid_does_again_only_what_is_missing(whole, scene, tmp_path, m
     monkeypatch.setattr(steer, "generate", counted)
     assert grid_at(scene, tmp_path) == whole and len(made) == len(whole) - 3
     assert grid_at(scene, tmp_path) == whole and len(made) == len(whole) - 3
-    assert len(whole) == 2 * len({steer.key_of(c)[1:] for c in whole}) and len(whole) >= 14
+    assert len(whole) == 2 * len({grid.key_of(c)[1:] for c in whole}) and len(whole) >= 14
 
 
 def test_every_cell_of_a_grid_is_what_steering_one_prompt_at_a_time_gives(whole, scene):
@@ -1731,7 +1709,7 @@ def test_every_cell_of_a_grid_is_what_steering_one_prompt_at_a_time_gives(whole,
     assert any(c["outputs"] != clean for c in cells)
 
 
-def test_the_best_cell_is_chosen_on_dev_and_reported_on_test(scene, capsys):
+def test_the_best_cell_is_chosen_on_dev_and_reported_on_test(capsys):
     def cell(split, group, size, alpha, hits):
         return {"split": split, "group": group, "size": size, "alpha": alpha,
                 "exact": [1] * hits + [0] * (10 - hits)}
@@ -1742,9 +1720,9 @@ def test_the_best_cell_is_chosen_on_dev_and_reported_on_test(scene, capsys):
     for where, size, alpha, dev, test in (
             ({}, 1, 4, 60, 30), ({"alpha": 4.}, 1, 4, 60, 30), ({"size": 2}, 2, 2, 40, 80),
             ({"alpha": 2.}, 2, 2, 40, 80)):
-        b = steer.best_of(cells, **where)
+        b = grid.best_of(cells, **where)
         assert (b["size"], b["alpha"], b["dev"]["pp"], b["test"]["pp"]) == (size, alpha, dev, test)
-    assert steer.grid_report(scene, cells)["shared"]["best"] == steer.best_of(cells)
+    assert grid.grid_report(cells)["shared"]["best"] == grid.best_of(cells)
     assert "     1   +30.0   +60.0\n     2   +40.0   +10.0\n" in capsys.readouterr().out
 
 
@@ -1753,9 +1731,9 @@ def test_grids_of_several_layers_end_with_the_best_cell_of_each(finished, monkey
     effects = iter((10., 40., 70.))
     monkeypatch.setattr(steer, "dev_sets", lambda *_: {n: torch.randn(9, 2, 128) for n in (
         "needs", "none", "tool", "plain")})
-    monkeypatch.setattr(steer, "grid", lambda *_: [{"exact": [1]}])
-    monkeypatch.setattr(steer, "grid_report", lambda *_: {})
-    monkeypatch.setattr(steer, "best_of", lambda _: {"group": "shared", "size": 1, "alpha": 2.} | {
+    monkeypatch.setattr(grid, "grid", lambda *_: [{"exact": [1]}])
+    monkeypatch.setattr(grid, "grid_report", lambda *_: {})
+    monkeypatch.setattr(grid, "best_of", lambda _: {"group": "shared", "size": 1, "alpha": 2.} | {
         k: {"pp": pp, "lo": pp, "hi": pp} for pp in [next(effects)] for k in ("dev", "test")})
     assert program(*runs, "--grid") == 0
     out = capsys.readouterr().out
@@ -1831,191 +1809,130 @@ def test_an_interrupted_steering_ends_with_130_and_leaves_what_was_there(unsteer
 
 
 # ---------------------------------------------------------------------------------------------
-# 10. The sweep, its tables and figures
+# 10. The pieces to copy: everything before the program of a file
 # ---------------------------------------------------------------------------------------------
 
-# The published sweep: name, tool correctness of A and of B with the reconstruction patched in, in
-# percent; clean 19 and 0 (arXiv 2606.26474, its repository's results; one setting is missing).
-SWEEP = """
-cc-D16k-k160:67:4 cc-D16k-k45:52:12 cc-D16k-k90:46:3 cc-D16k-nol1-k160:42:15
-cc-D16k-nol1-k45:53:14 cc-D16k-nol1-k90:35:15 cc-D8k-k160:49:4 cc-D8k-k45:59:12 cc-D8k-k90:50:3
-cc-D8k-nol1-k160:40:8 cc-D8k-nol1-k45:70:17 cc-D8k-nol1-k90:60:0
-dfc-D16k-excl10-freeexcl-k160:58:4 dfc-D16k-excl10-freeexcl-k45:33:1
-dfc-D16k-excl10-freeexcl-k90:56:19 dfc-D16k-excl10-k160:54:5 dfc-D16k-excl10-k45:52:7
-dfc-D16k-excl3-freeexcl-k160:50:3 dfc-D16k-excl3-freeexcl-k45:50:6
-dfc-D16k-excl3-freeexcl-k90:41:9 dfc-D16k-excl3-k160:52:8 dfc-D16k-excl3-k45:43:6
-dfc-D16k-excl3-k90:42:7 dfc-D16k-excl5-freeexcl-k160:58:3 dfc-D16k-excl5-freeexcl-k45:48:6
-dfc-D16k-excl5-freeexcl-k90:45:7 dfc-D16k-excl5-k160:50:4 dfc-D16k-excl5-k45:46:3
-dfc-D16k-excl5-k90:50:3 dfc-D8k-excl10-freeexcl-k160:83:0 dfc-D8k-excl10-freeexcl-k45:43:6
-dfc-D8k-excl10-freeexcl-k90:52:9 dfc-D8k-excl10-k160:44:8 dfc-D8k-excl10-k45:57:20
-dfc-D8k-excl10-k90:53:2 dfc-D8k-excl3-freeexcl-k160:56:6 dfc-D8k-excl3-freeexcl-k45:49:6
-dfc-D8k-excl3-freeexcl-k90:37:9 dfc-D8k-excl3-k160:50:5 dfc-D8k-excl3-k45:44:1
-dfc-D8k-excl3-k90:44:6 dfc-D8k-excl5-freeexcl-k160:51:4 dfc-D8k-excl5-freeexcl-k45:57:2
-dfc-D8k-excl5-freeexcl-k90:64:3 dfc-D8k-excl5-k160:26:2 dfc-D8k-excl5-k45:45:3
-dfc-D8k-excl5-k90:52:13
-"""
+PROGRAMS = {dfc: "# 5. The main job", ev: "# 7. The program", steer: "# 3. The scene"}
 
 
-def published_rows():
-    for line in SWEEP.split():
-        name, a, b = line.split(":")
-        words = dict(re.findall(r"(excl|D|k)(\d+)", name))
-        yield {"name": name, "hyperparameters": {
-                   "dict": 1024 * int(words["D"]), "k": int(words["k"]),
-                   "excl": int(words.get("excl", 0)) / 100, "l1_shared": 0. if "nol1" in name else
-                   1e-3, "l1_excl": 0. if "freeexcl" in name else 1e-3},
-               "tool_correctness_A_delta": float(a) - 19, "tool_correctness_B_delta": float(b)}
+def definitions():
+    """{name: (its node, its source, its module, whether it is a piece)} of all three files."""
+    out = {}
+    for module, program in PROGRAMS.items():
+        source = Path(module.__file__).read_text()
+        begins = source[:source.index(program)].count("\n")
+        for node in ast.parse(source).body:
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+            text = "\n".join(source.splitlines()[first - 1:node.end_lineno])
+            names = [node.name] if hasattr(node, "name") else [
+                target.id for target in getattr(node, "targets", ())]
+            out |= {n: (node, text, module, first < begins and hasattr(node, "name"))
+                    for n in names}
+    return out
 
 
-def table(*argv):
-    sys.path.insert(0, str(ROOT / "extras"))
-    import table
-    return dfc.cli(table.main, [str(a) for a in argv])
+DEFINED = definitions()
+PIECES = [name for name, (*_, piece) in DEFINED.items() if piece]
 
 
-def test_the_table_of_the_published_figures_is_the_published_table(tmp_path, capsys):
-    rows = write_text(tmp_path / "rows.jsonl", as_lines(*published_rows()))
-    assert table(rows, "--rows", tmp_path / "again.jsonl") == 0
-    out = capsys.readouterr().out
-    lines = {line[:18].strip(): line.split() for line in out.splitlines()}
-    assert "47 runs" in out and lines["all"][-12:-6] == "+31.2 ± 9.7 +6.7 ± 4.9".split()
-    for name, line in lines.items():  # our mean and sd beside the published columns, every line
-        if line[-6:-5] and "±" in line and name != "change, pp":
-            assert " ".join(line[-12:-6]) == " ".join(line[-6:]).replace(",", ""), name
-    assert (tmp_path / "again.jsonl").read_text() == rows.read_text()
+def needs(name):
+    """What a docstring names after "Needs:"; of a constant, the names in it."""
+    node, text, *_ = DEFINED[name]
+    if name not in PIECES:
+        return used(compile(text, name, "exec"))
+    said = re.search(r"Needs: ([\w,\s]+)\.", ast.get_docstring(node) or "")
+    return set(re.split(r",\s*", said[1])) if said else set()
 
 
-def test_the_table_shows_seed_noise_beside_each_effect(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    rows = [r | {"seed": seed, "tool_correctness_A_delta": (
-                 10. if r["hyperparameters"]["excl"] else 0.) + rng.normal()}
-            for r in published_rows() for seed in range(3)]
-    assert table(write_text(tmp_path / "rows.jsonl", as_lines(*rows))) == 0
-    lines = capsys.readouterr().out.splitlines()
-    noise = next(line for line in lines if line.startswith("seed noise"))
-    assert .7 < float(noise.split()[5]) < 1.3        # the third column: tool A
-    gap = next(line for line in lines if line.startswith("DFC - crosscoder"))
-    assert 9 < float(gap.split()[5]) < 11 and float(gap.split()[6][1:-1]) > 20
+def used(code):
+    """Names that compiled code takes from its module, or from dfc and eval_toolcall when it runs."""
+    steps = list(dis.get_instructions(code))
+    names = {s.argval for s in steps if s.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM")}
+    inner = [c for c in code.co_consts if hasattr(c, "co_code")]
+    return (names & DEFINED.keys()).union(*map(used, inner))
 
 
-def test_a_table_mixes_no_pairs_and_counts_what_is_not_finished(tmp_path, finished, capsys):
-    assert table(finished, tmp_path) == 2
-    assert "no finished run" in capsys.readouterr().err
-    rows = [r | {"pair": [pair]} for r, pair in zip(published_rows(), "ab")]
-    assert table(write_text(tmp_path / "rows.jsonl", as_lines(*rows))) == 2
-    err = capsys.readouterr().err
-    assert "different models" in err and len(err.splitlines()) == 1
-    assert table(tmp_path / "no") == 2
+def alone(name):
+    """A piece as a copy in somebody else's file: its source and that of what it needs, executed in
+    a module that holds only the libraries its file imports; dfc and eval_toolcall are that module."""
+    there, todo = {name}, [name]
+    while todo:
+        new = needs(todo.pop()) - there
+        there, todo = there | new, todo + list(new)
+    copied = types.ModuleType("copied")
+    for module in PROGRAMS:
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(
+                    node, "module", "") not in ("dfc", "eval_toolcall"):
+                exec(ast.unparse(node), vars(copied))
+    for n in sorted(there, key=lambda n: DEFINED[n][0].lineno):
+        exec(DEFINED[n][1], vars(copied))
+    return copied
 
 
-def sweep(*flags, **env):
-    return subprocess.run(["bash", str(ROOT / "run_sweep.sh"), *flags], capture_output=True,
-                          text=True, env=os.environ | env)
+def test_every_piece_names_what_it_needs_and_nothing_else():
+    assert len(PIECES) > 80
+    for name in PIECES:
+        node, text, _, _ = DEFINED[name]
+        assert used(compile(text, name, "exec")) - {name} == needs(name), name
 
 
-def test_the_sweep_lists_the_papers_48_settings_under_their_names():
-    lines = sweep("--list", PRESET="paper").stdout.splitlines()
-    names = {line.split("--out ")[1].split()[0].rsplit("/", 1)[1] for line in lines}
-    published = {r["name"] for r in published_rows()}
-    assert len(lines) == len(names) == 48 and len(names - published) == 1 and published < names
-    for line in lines + sweep("--list", SEEDS="0 1 2").stdout.splitlines():
-        words = line.split()
-        args = dfc.parse_args(words[words.index("dfc.py") + 1:])
-        name = args.out.name
-        h = dict(re.findall(r"(excl|k)(\d+)", name))
-        assert args.k == int(h["k"]) and args.excl == int(h.get("excl", 0)) / 100
-        assert (args.l1_excl == 0) == ("freeexcl" in name) and args.resume
-        assert (args.l1_shared == 0) == ("nol1" in name) and args.excl_b == args.excl
-    assert len(sweep("--list", SEEDS="0 1 2").stdout.splitlines()) == 144
+def small_run():
+    x = torch.randn(80, 2, 8) * 3 + 1
+    cc = small()
+    cc.fit_scale(x)
+    return cc, x
 
 
-def test_a_sweep_of_an_unknown_preset_is_one_line_and_status_2():
-    done = sweep(PRESET="no")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize("name", [
+    "Crosscoder", "train", "aux_loss", "fve", "rank_latents", "collect", "save", "load", "chunks",
+    "score", "to_record", "totals", "chance", "paired", "reconstructions", "generate", "steering",
+    "exclusivity", "mirrors", "taken_away", "projected_out"])
+def test_each_piece_can_be_copied_alone(name, tmp_path, monkeypatch):
+    """Run from its copy it gives what it gives in its place."""
+    model, ids = random_model("Qwen2"), torch.tensor([[5, 6, 7], [8, 9, 3]])
+    scored = [ev.score(RESPONSE, ONE), ev.score(RESPONSE, NONE)]
+    cc, x = small_run()
+    z = cc.normalise(x)
+    dfc.save(cc, tmp_path / "there")
 
-
-@pytest.fixture
-def plot(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "extras"))
-    import plot
-    return plot
-
-
-@pytest.fixture
-def plt(plot):
-    pytest.importorskip("matplotlib")
-    yield plot.pyplot()
-    plot.pyplot().close("all")
-
-
-def drawn_from(folder, **metrics):
-    """The arguments of a figure of one run that holds these results."""
-    folder.mkdir(exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    return SimpleNamespace(runs=[folder], layers=[], sweep=None, opened=[(None, {}, folder)])
-
-
-def in_pp(pp):
-    return {"pp": pp, "lo": pp - 5, "hi": pp + 5, "n": 40}
-
-
-def test_the_main_figure_shows_every_claim_and_every_control(plot, plt, tmp_path):
-    claims = [{"claim": "A without it", "effect": in_pp(-60), "verdict": "beyond random",
-               "controls": {"random": [1, 2, 3], "latents": [], "A - B": [-50]}},
-              {"claim": "B + its mean", "effect": in_pp(20), "verdict": "no",
-               "controls": {"random": [0, 0, 4]}}]
-    args = drawn_from(tmp_path, steering={"results": [
-        {"latents": [7], "claims": claims, "ranking": [{"partition": "a_excl"}]}]})
-    ax, = plot.effect(plt, args).axes
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["A without it", "B + its mean"]
-    assert ax.get_title(loc="left").startswith("A-exclusive latent 7, n = 40 ")
-    xs = {line.get_label(): list(line.get_xdata()) for line in ax.lines}
-    assert xs["random directions"] == [1, 2, 3, 0, 0, 4]
-    assert xs["difference of means, A - B"] == [-50]
-    bars, = ax.containers
-    assert list(bars.lines[0].get_xdata()) == [-60, 20]
-    assert bars.lines[2][0].get_segments()[0][:, 0].tolist() == [-65, -55]
-    assert {"verdict", "beyond random", "no"} <= {t.get_text() for t in ax.texts}
-
-
-def test_a_heat_map_is_the_change_on_dev_of_whole_cells_of_this_crosscoder(
-        plot, plt, tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "identity", lambda run: {"weights": 1})
-
-    def cell(group, exact, split="dev", weights=1, size=1, alpha=2.):
-        return json.dumps({"group": group, "size": size, "alpha": alpha, "split": split,
-                           "exact": exact, "how": {"rows": 4, "weights": weights}}) + "\n"
-    args = drawn_from(tmp_path, grid={"best": {"dev": in_pp(0) | {"n": 4}}, "groups": {}})
-    (tmp_path / "grid.jsonl").write_text(
-        cell("clean", [0, 0, 0, 1], weights=2) + cell("all", [1, 1, 1, 1], weights=2)
-        + cell("clean", [1, 0, 0, 1], size=0) + cell("all", [1, 1, 0, 1])
-        + cell("all", [0, 0, 0, 1], alpha=0.) + cell("all", [1, 1, 1, 1])[:-20] + "\n"
-        + cell("all", [1, 1, 1, 1], split="test"))
-    ax, _ = plot.heat(plt, args).axes
-    assert ax.get_title(loc="left") == "plain crosscoder, n = 4"
-    assert [t.get_text() for t in ax.texts] == ["-25", "+25"]       # alpha 0, alpha 2
-
-
-def test_a_figure_that_cannot_be_drawn_yet_names_its_command(plot, tmp_path):
-    args = drawn_from(tmp_path / "run")
-    args.opened = []
-    for draw, says in ((plot.effect, f"python steer.py {args.runs[0]}"),
-                       (plot.grid, f"python steer.py {args.runs[0]} --grid"),
-                       (plot.heat, f"python steer.py {args.runs[0]} --grid"),
-                       (plot.layers, f"python steer.py {args.runs[0]} --grid"),
-                       (plot.sweep, "bash run_sweep.sh")):
-        assert says in draw(None, args) and "\n" not in draw(None, args)
-    args.sweep = tmp_path / "nowhere"
-    assert "bash run_sweep.sh" in plot.sweep(None, args)
-
-
-def test_figures_without_matplotlib_are_one_line_and_status_2(plot, monkeypatch, capsys):
-    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert dfc.cli(plot.main, ["runs/any"]) == 2
-    out, err = capsys.readouterr()
-    assert "pip install matplotlib" in err and err.count("\n") == 1 and not out
+    def residual(around):
+        with around:
+            return dfc.residuals(model, ids, [1])[1]
+    examples = {
+        "Crosscoder": lambda f: f(8, 32, 5, 4, 3, True)(x),
+        "train": lambda f: [f(fresh := copy.deepcopy(cc), x, 30, 16, 1e-2, dead_after=2),
+                            fresh.W_enc, fresh.W_dec],
+        "aux_loss": lambda f: f(cc, z, z * .9, cc.preactivations(z), torch.arange(32) % 2 == 0),
+        "fve": lambda f: f(x, cc(x)[0]),
+        "rank_latents": lambda f: f(cc.encode(x[:40]), cc.encode(x[40:])),
+        "collect": lambda f: f(model, Words(), ["abc", "de"], [0, 2]),
+        "save": lambda f: [f(cc, tmp_path / "here"), sorted((tmp_path / "here").iterdir())],
+        "load": lambda f: f(str(tmp_path / "there"))(x),
+        "chunks": lambda f: f("One two. Three four! Five.", Words(), 9),
+        "score": lambda f: f(THINK + block(SHORT), TWO),
+        "to_record": lambda f: f(chat_row({"content": hermes(WEATHER)})),
+        "totals": lambda f: f(scored, [ONE, NONE]), "chance": lambda f: f([ONE, TWO, NONE]),
+        "paired": lambda f: f([1, 0, 1, 1], [0, 0, 1, 0]),
+        "reconstructions": lambda f: f(cc, x, True),
+        "generate": lambda f: f(tiny[0], tiny[1], batches, 3, 1, torch.ones(2, 2, 128)),
+        "steering": lambda f: residual(f(model, 1, torch.ones(2, 16))),
+        "exclusivity": lambda f: f(cc, x, cc.encode(x)),
+        "mirrors": lambda f: f(cc, slice(4, 7)),
+        "taken_away": lambda f: f(cc, [0, 2], 0)(x[:, 0]),
+        "projected_out": lambda f: residual(f(model, torch.eye(16)[:2]))}
+    if name == "generate":
+        tiny = dfc.load_model(str(TINY / "toolrl"), "cpu")
+        batches = ev.prefill(*tiny, ["An alarm", "Hi"])
+    copied, made = alone(name), []
+    for module, shared in ((DEFINED[name][2], {}), (copied, dict.fromkeys(
+            ("dfc", "eval_toolcall"), copied))):
+        with monkeypatch.context() as m:
+            for other, stand_in in shared.items():
+                m.setitem(sys.modules, other, stand_in)
+            torch.manual_seed(0)
+            made.append(str(examples[name](getattr(module, name))))
+    assert made[0] == made[1]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections import namedtuple
 from pathlib import Path
-from unittest import mock
 
 os.environ["TQDM_DISABLE"] = "1"
 import torch  # noqa: E402
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dfc  # noqa: E402
 import eval_toolcall as ev  # noqa: E402
 import steer  # noqa: E402
+from extras import grid as grid_of  # noqa: E402
 
 DEVICE, TINY = "cuda" if torch.cuda.is_available() else "cpu", dfc.PRESETS["tiny"]
 Shape = namedtuple("Shape", "D L k batch")
@@ -172,7 +172,7 @@ def alone(model, tok, prompt, *patch):
 
 def generate(n=40, some=3, versions=8):
     a, b, tok = pair()
-    prompts = [prompt for *_, prompt in ev.read_test(TINY, tok, most=n)]
+    prompts = [prompt for *_, prompt in ev.read_split(TINY, tok, most=n)]
     layer, texts = TINY["layer"], {}
     x = ev.pair_vectors({"A": a, "B": b}, tok, prompts, [layer])[layer].to(DEVICE)
     x_VND = torch.stack([x[:, 0].lerp(x[:, 1], v / versions) for v in range(versions)])
@@ -196,14 +196,14 @@ def grid(some=3):
             dfc.main(["--n-texts", "600", "--steps", "200", "--out", f"{home}/run"])
             args = steer.parse_args([f"{home}/run", "--grid", "--rows", "20", "--alpha", "0", "4"])
             s, = steer.stage(args)
-            cells = steer.grid(s, args)
+            cells = grid_of.grid(s, args)
             kept = steer.rows_of(s, "test", args.rows, needs=True)[:some]
         steered = [c for c in cells if c["group"] != "clean"]
         sample = [c for c in steered if c["split"] == "test"][::len(steered) // 4]
 
         def dfc_grid():
             (s.folder / "grid.jsonl").unlink()
-            steer.grid(s, args)
+            grid_of.grid(s, args)
 
         @torch.no_grad()
         def plain_loop():

@@ -21,8 +21,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import steer  # noqa: E402
 import table  # noqa: E402
-from dfc import Parser, Problem, cli, write  # noqa: E402
-from eval_toolcall import NAMES, identity, open_runs, read_metrics  # noqa: E402
+from dfc import NAMES, Parser, Problem, cli, write  # noqa: E402
+from eval_toolcall import identity, open_runs, read_metrics  # noqa: E402
+from extras.grid import read_grid  # noqa: E402
 
 CONTROLS = {"random": ("|", .2, "random directions"), "latents": ("^", .36, "other latents"),
             "A - B": ("D", .54, "difference of means, A - B"),
@@ -155,7 +156,7 @@ def heat(plt, args):
     maps = {}
     for run in args.opened:
         best, who = read_metrics(run[2]).get("grid", {}).get("best"), identity(run).items()
-        cells = [c for c in steer.read_grid(run[2] / "grid.jsonl", ANY) if best and who <=
+        cells = [c for c in read_grid(run[2] / "grid.jsonl", ANY) if best and who <=
                  c["how"].items() and (c["split"], len(c["exact"])) == ("dev", best["dev"]["n"])]
         for c in cells[1:]:  # the first is the clean one
             name = f"{LABEL.get(c['group'], c['group'])}, n = {len(c['exact'])}"

@@ -126,7 +126,7 @@ def main(argv=None):
         out = ev.generate(models["A"], tokenizer, batches["A"], args.max_new, layer, deltas, True)
         said += [len(out), "cells x", len(prompts), "prompts,", args.max_new, "tokens"]
     if args.out:
-        args.out.write_text(json.dumps({"layers": args.layers, "versions": dfc.versions(),
+        args.out.write_text(json.dumps({"layers": args.layers, "versions": dfc.software(),
                                         "stages": STAGES}, indent=1))
 
 
