@@ -12,11 +12,12 @@ added has to go through the A-exclusive ones. (arXiv 2606.26474; the DFC is from
     loss   = mean (z - zhat)^2 + sum_l lambda_l f_l |W_dec[l]| + revival of dead latents
 
     latents = [ A-exclusive: n_a | B-exclusive: n_b | shared ]     n = int(share * L)
-    n_a = n_b = 0 is the plain crosscoder; a share of 0.5 is two separate sparse autoencoders.
+    n_a = n_b = 0 is the plain crosscoder; a share of 0.5 is two sparse autoencoders in one top k.
 
 Shapes: B vectors in a batch, N in all, M = 2 models (0 = A, 1 = B), D residual width, L latents,
 k active latents, T tokens; E = M D, a pair laid end to end; P, Q two sets to contrast. A suffix
-says what a tensor is: x_BMD, f_BL. "Needs:" in a docstring: what to copy along with the piece.
+says what a tensor is: x_BMD, f_BL. "Needs:" in a docstring: what to copy along with the piece
+(some of it is in eval_toolcall.py).
 
     python dfc.py                          # the embedded pair: 40 s on 2 CPU cores
     python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: 2 minutes
@@ -29,17 +30,19 @@ Where we leave the paper, and why, each in one place below (`--recipe paper` und
      standardised, evaluation vectors are not, and the statistics are lost.          [Crosscoder]
   2. Sparsity is sum_l f_l |W_dec[l]|: as a mean over all latents, lambda = 1e-3 weighs 0.1 % of the
      loss, and f alone can be shrunk for free by a longer decoder.                    [l1_loss]
-  3. A fair start: an exclusive latent reads one model where a shared one reads two, so at first it
-     is picked 9 to 28 times less often. We equalise the spread per partition.     [fair_start]
+  3. A fair start: an exclusive latent reads one model where a shared one reads two; drawn as
+     published, at first it is picked 9 to 28 times less often. Our encoder begins as the
+     decoder's transpose, and the spread is made equal per partition. [Crosscoder, fair_start]
   4. Dead latents are revived, each partition on its own.                              [aux_loss]
   5. Tied shared decoders (--tie-shared): a shared latent has one decoder row for both models, so
      that a difference between A and B cannot hide in it.                               [decoder]
-     The preset also has no B-exclusive part: B is A's parent, and given both parts, pairs of
-     exclusive latents take over what is shared (on identical models too: see test_dfc.py). Costs
-     .007 of FVE on the embedded pair; without either, no single A-exclusive latent matters there.
+     The embedded pair's preset also has no B-exclusive part: B is A's parent, and given both parts,
+     pairs of exclusive latents take over what is shared (on identical models too). Costs .007 of
+     FVE there; untied, or with a B-exclusive part, no single A-exclusive latent matters.
   6. Half of the tool texts end where the assistant's turn begins: the place where latents are later
      ranked and patched. The published mix never contains that place.                [tool_texts]
   7. The learning rate warms up and falls to zero at the end, in place of a constant.     [lr_at]
+Vectors ten times as long as the median (attention sinks) are left out under either recipe.
 
 Left out on purpose: several GPUs, token streams larger than memory, more than two models.
 """
@@ -74,7 +77,9 @@ class Crosscoder(nn.Module):
     d_model D, n_latents L, k active latents per pair, n_a A-exclusive and n_b B-exclusive latents;
     tied: shared latents write the same direction into both models. Parameter names and shapes are
     those of the paper's checkpoints; mean and scale are ours. Draws from torch's global generator.
-    Raises ValueError for sizes that cannot be. (Paper section 3 and its Figure 1.) Needs: NAMES.
+    encode and decode apply masks and tie at every call; training calls confine() on the weights
+    once and on each gradient instead, for a mask as large as the dictionary is slow. Raises
+    ValueError for sizes that cannot be. (Paper section 3 and its Figure 1.) Needs: NAMES.
     """
 
     def __init__(self, d_model, n_latents, k, n_a=0, n_b=0, tied=False):
@@ -95,7 +100,7 @@ class Crosscoder(nn.Module):
         self.W_dec = nn.Parameter(W_dec)                                         # (L, M, D)
         # The decoder's transpose: a latent starts by reading what it writes (the mean of two).
         share = allowed / allowed.sum(1, keepdim=True)
-        self.W_enc = nn.Parameter((W_dec * share[..., None]).permute(1, 2, 0).contiguous())
+        self.W_enc = nn.Parameter((W_dec * share[..., None]).permute(1, 2, 0).contiguous())  # MDL
         self.b_enc = nn.Parameter(torch.zeros(n_latents))                        # (L,)
         self.b_dec = nn.Parameter(torch.zeros(2, d_model))                       # (M, D)
         self.register_buffer("mean", torch.zeros(2, d_model))                    # (M, D)
@@ -159,12 +164,13 @@ class Crosscoder(nn.Module):
     @torch.no_grad()
     def fair_start(self, x_BMD):
         """Departure 3: scale each exclusive partition's encoder until its pre-activations spread as
-        much as the shared ones' (as A's, if nothing is shared). By how much depends on how alike A
-        and B are: not at all if they are the same, by sqrt(2) if they have nothing in common."""
+        much as the shared ones' (as A's, if nothing is shared). The encoder of __init__, a mean of
+        two decoder rows, favours exclusive latents: they shrink by up to sqrt(2) (untied always;
+        tied not at all where A = B)."""
         pre = self.normalise(x_BMD).flatten(1) @ (self.W_enc * self.enc_mask[:, None]).flatten(0, 1)
-        live = {n: s for n, s in self.partitions().items() if s.stop > s.start}
-        target = pre[:, live.get("shared", live.get("a_excl"))].std()
-        for part in live.values():
+        filled = {n: s for n, s in self.partitions().items() if s.stop > s.start}
+        target = pre[:, filled.get("shared", filled.get("a_excl"))].std()
+        for part in filled.values():
             self.W_enc[:, :, part] *= target / pre[:, part].std().clamp(min=1e-8)
 
 
@@ -173,32 +179,32 @@ class Crosscoder(nn.Module):
 # ---------------------------------------------------------------------------------------------
 
 
-def l1_loss(f_Bk, norms_Bk, weight_Bk):
-    """Departure 2: sum_l weight_l f_l |W_dec[l]|, mean over the batch; active latents only.
+def l1_loss(mean_L, norms_L, weight_L):
+    """Departure 2: sum_l weight_l f_l |W_dec[l]|, mean over the batch.
 
-    f_Bk activations, norms_Bk lengths of their decoder rows over both models, weight_Bk lambdas;
-    or all three (L,), f as its mean over the batch: the same sum, for it is linear in f.
-    A longer row with a smaller f writes the same and costs the same: there is no way round it."""
-    return (weight_Bk * f_Bk * norms_Bk).sum(-1).mean()
+    mean_L is f's mean over the batch (the sum is linear in f), norms_L the lengths of the decoder
+    rows over both models, weight_L the lambdas. A longer row with a smaller f writes the same and
+    costs the same: there is no way round it."""
+    return (weight_L * mean_L * norms_L).sum()
 
 
-def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L, near=None):
+def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L, candidates=None):
     """Departure 4: let the dead latents of each partition explain what the living leave over.
 
     The residual is detached and b_dec stays out: dead latents learn from the error and do not push
     the rest. A partition is asked only for the models it writes, and each on its own, or the many
-    shared latents would win every place. near: where_true of all that may be dead, so that a GPU
-    need not wait for the list. (AuxK, arXiv 2406.04093 appendix A.2.) Needs: reconstruct,
-    where_true."""
+    shared latents would win every place; 2 k of each are asked. candidates: where_true of all that
+    may be dead (a list of its own for every step would make a GPU wait), those alive count as 0.
+    (AuxK, arXiv 2406.04093 appendix A.2.) Needs: reconstruct, where_true."""
     residual, total = (z_BMD - zhat_BMD).detach(), z_BMD.new_zeros(())
     written = slice(0, 1), slice(1, 2), slice(0, 2)
-    for latents, models in zip(near or where_true(cc, dead_L), written):
+    for latents, models in zip(candidates or where_true(cc, dead_L), written):
         if len(latents):
             dead = dead_L[latents]
             pre = pre_BL.detach()[:, latents].relu_().mul_(dead)
             top = pre.topk(min(len(latents), 2 * cc.k), dim=-1, sorted=False)
             guess, _ = reconstruct(cc, z_BMD, (top.values, latents[top.indices]))
-            total = total + (residual - guess)[:, models].pow(2).mean() * dead.any()
+            total = total + (residual - guess)[:, models].pow(2).mean() * dead.any()  # none: 0
     return total
 
 
@@ -218,9 +224,9 @@ def add_outer(f_Bk, index_Bk, y_BE, n_rows):
 
 class Sparse(torch.autograd.Function):
     """(decoder's output, f) of latents whose values f are known, with gradients that touch only
-    them. Autograd's own would be as large as the dictionary, and several times slower. z, W_enc and
-    b are arguments only so that backward can return their gradients: f came from them outside,
-    without a graph. Masks and ties are confine()'s. E = M D. Needs: add_outer, sparse_decode."""
+    them. Autograd's own would be as large as the dictionary, and several times slower. f came from
+    W_enc and b outside, without a graph: they are arguments only to receive gradients. Masks and
+    ties are confine()'s. E = M D. Needs: add_outer, sparse_decode."""
 
     @staticmethod
     def forward(ctx, z_BE, f_Bk, index_Bk, W_EL, b_L, W_LE):
@@ -248,7 +254,8 @@ def reconstruct(cc, z_BMD, top):
 
 
 def sparse_decode(f_Bk, index_Bk, W_LMD):
-    """sum_k f W[index] -> (B, M, D): decode, touching only the active rows."""
+    """sum_k f W[index]: decode, touching only the active rows. W (L, M, D) or (L, E) -> (B,
+    same)."""
     flat = F.embedding_bag(index_Bk, W_LMD.flatten(1), per_sample_weights=f_Bk, mode="sum")
     return flat.view(len(f_Bk), *W_LMD.shape[1:])
 
@@ -260,8 +267,8 @@ def fve(x_BMD, xhat_BMD):
 
 
 def cohens_d(f_PL, f_QL):
-    """(mean P - mean Q) / sqrt((var P + var Q) / 2) per latent; 0 where nothing differs.
-    (Paper section 4, ranking.)"""
+    """(mean P - mean Q) / sqrt((var P + var Q) / 2) per latent, two rows or more on each side; 0
+    where nothing differs, huge where only the means do. (Paper section 4, ranking.)"""
     spread = ((f_PL.double().var(0) + f_QL.double().var(0)) / 2).sqrt()
     return (f_PL.double().mean(0) - f_QL.double().mean(0)) / spread.clamp(min=1e-12)
 
@@ -277,18 +284,19 @@ def auroc(f_PL, f_QL):
     return (ranks - n * (n + 1) / 2) / (n * m)
 
 
-def rank_latents(f_PL, f_QL, only=None):
+def rank_latents(f_PL, f_QL, only=slice(None)):
     """Latents that are alive and larger on P (tool) than on Q (other), best separated first.
 
     f_PL, f_QL activations on the two sets of texts; only: a slice or list of latents to consider.
-    Returns a list of rows with the names of the authors' ranking.csv. Needs: auroc, cohens_d."""
+    Returns a list of rows with the names of the authors' ranking.csv: rank counts from 0, sign is
+    always 1, for latents larger on Q are left out. Needs: auroc, cohens_d."""
     d, area = cohens_d(f_PL, f_QL), auroc(f_PL, f_QL)
+    mean_P, mean_Q = f_PL.double().mean(0), f_QL.double().mean(0)
     table = {"cohens_d": d, "auroc": area, "fire_rate_tool": (f_PL > 0).double().mean(0),
-             "fire_rate_nontool": (f_QL > 0).double().mean(0),
-             "diff": f_PL.double().mean(0) - f_QL.double().mean(0),
-             "mean_tool": f_PL.double().mean(0), "mean_nontool": f_QL.double().mean(0)}
+             "fire_rate_nontool": (f_QL > 0).double().mean(0), "diff": mean_P - mean_Q,
+             "mean_tool": mean_P, "mean_nontool": mean_Q}
     wanted = torch.zeros(len(d), dtype=torch.bool)
-    wanted[slice(None) if only is None else only] = True
+    wanted[only] = True
     wanted &= d.cpu() > 0
     order = [i for i in d.argsort(descending=True).tolist() if wanted[i]]
     table = {name: column.tolist() for name, column in table.items()}
@@ -322,8 +330,8 @@ def resolve(name):
     try:
         return Path(snapshot_download(name, allow_patterns=files, local_files_only=offline))
     except Exception as e:
-        raise Problem(f"cannot get {name} from the hub ({type(e).__name__}): check name and "
-                      f"network, or download it elsewhere and give its folder") from None
+        raise Problem(f"no folder {name} here, and none from the hub ({type(e).__name__}): check "
+                      f"name and network, or download it elsewhere and give its folder") from None
 
 
 def first_line(error):
@@ -402,15 +410,16 @@ def collect(model, tokenizer, texts, layers, positions="last", batch_tokens=None
     residuals."""
     from tqdm import tqdm
     depth, device = len(blocks(model)), next(model.parameters()).device
-    batch_tokens = batch_tokens or (8192 if device.type == "cuda" else 1024)  # 8192: 1.4 x slower
+    batch_tokens = batch_tokens or (8192 if device.type == "cuda" else 1024)  # CPU: 8192 is slower
+    if not texts:
+        raise Problem("no texts to collect from: give some")
     if not all(0 <= layer < depth for layer in layers):
         raise Problem(f"layer {max(layers)} is past the end: the model has layers 0 to {depth - 1}")
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    ids = [i[-max_tokens:] for i in ids]
+    ids = [i[-max_tokens:] for i in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     empty = [i for i, text_ids in enumerate(ids) if not text_ids]
     if empty:
         raise Problem(f"text {empty[0]} holds no token: remove it")
-    if max(map(max, ids), default=0) >= model.get_input_embeddings().num_embeddings:
+    if max(map(max, ids)) >= model.get_input_embeddings().num_embeddings:
         raise Problem("the tokenizer has more tokens than the model: they do not belong together")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out = {layer: [None] * len(ids) for layer in layers}
@@ -422,10 +431,8 @@ def collect(model, tokenizer, texts, layers, positions="last", batch_tokens=None
             wanted = (place < end) & ((place == end - 1) | (positions == "all"))
             for layer, h_BTD in residuals(model, padded.to(device), layers).items():
                 rows = h_BTD[wanted.to(device)].half().cpu()
-                finite = rows.isfinite().all(1)
-                for i, own, good in zip(batch, *(t.split(wanted.sum(1).tolist())
-                                                 for t in (rows, finite))):
-                    if not good.all():
+                for i, own in zip(batch, rows.split(wanted.sum(1).tolist())):
+                    if not own.isfinite().all():
                         raise Problem(f"layer {layer} of text {i} is not finite in fp16: "
                                       f"{texts[i][:60]!r}")
                     out[layer][i] = own
@@ -494,7 +501,8 @@ def split_of(row):
 
 
 def chunks(text, tokenizer, size=30):
-    """Pieces of about `size` tokens that end where a sentence does (paper section 3, data)."""
+    """Pieces of `size` tokens or a little more that end where a sentence does (paper section 3,
+    data); a shorter rest is left out, unless it is all there is."""
     pieces, piece, count = [], [], 0
     for sentence in re.split(r"(?<=[.!?])\s+|\n+", text):
         if sentence.strip():
@@ -502,7 +510,7 @@ def chunks(text, tokenizer, size=30):
             count += len(tokenizer(sentence, add_special_tokens=False)["input_ids"])
         if count >= size:
             pieces, piece, count = pieces + [" ".join(piece)], [], 0
-    return pieces + [" ".join(piece)] * bool(piece and not pieces)
+    return pieces if pieces or not piece else [" ".join(piece)]
 
 
 def render(row, tokenizer):
@@ -520,47 +528,57 @@ def render(row, tokenizer):
 def tool_texts(rows, tokenizer, n, recipe, rng):
     """n texts from tool rows. Departure 6: half are whole prompts up to the assistant's turn, the
     place where latents are ranked and patched, half the same dialogues with their answer, cut at a
-    random blank. recipe "paper": the ends of chunks of about 30 tokens, and nothing else.
-    Needs: chunks, render."""
+    random blank; few rows are used again and again. recipe "paper": the ends of chunks of about 30
+    tokens, and nothing else. Needs: chunks, render."""
     if recipe == "paper" or "text" in rows[0]:
         whole = [row.get("text") or "\n".join(render(row, tokenizer)[:2]) for row in rows]
         return [c for text in whole for c in chunks(text, tokenizer)][:n]
     rendered = [render(row, tokenizer) for row in rows]
-    prompts = [prompt for prompt, _, _ in rendered[:n // 2]]
+    prompts = [rendered[i % len(rendered)][0] for i in range(n // 2)]
     cuts = []
-    while len(cuts) < n - len(prompts):
-        prompt, gold, _ = rendered[len(cuts) % len(rendered)]
+    for i in range(n - len(prompts)):
+        prompt, gold, _ = rendered[i % len(rendered)]
         blanks = [m.start() for m in re.finditer(r"\s", prompt + gold)]
         cuts.append((prompt + gold)[:rng.choice(blanks)])
     return prompts + cuts
 
 
+def plain_texts(rows, tokenizer, n):
+    """n chunks of plain rows. Needs: chunks."""
+    return [c for row in rows for c in chunks(row["text"], tokenizer)][:n]
+
+
 def corpus(tool_rows, plain_rows, tokenizer, n, recipe, seed, n_dev=300):
     """{name: texts}: "train" (n tool and n plain texts), and from the dev rows "needs" and "none"
-    (prompts that do and do not need a tool, in the same template), "tool" and "plain".
-    Needs: Problem, chunks, render, split_of, tool_texts."""
+    (prompts that do and do not need a tool, in the same template), "tool" and "plain" (made the
+    same way whatever recipe and seed, so that runs can be compared).
+    Needs: Problem, plain_texts, render, split_of, tool_texts."""
     import random
-    rng, sets = random.Random(seed), {}
-    for split in ("train", "dev"):
+
+    def rows_of(split):
         tools = [row for row in tool_rows if split_of(row) == split]
         plains = [row for row in plain_rows if split_of(row) == split]
-        if len(tools) < 2 or len(plains) < 2:
+        if min(len(tools), len(plains)) < 2:
             raise Problem(f"{len(tools)} tool and {len(plains)} plain rows for {split}: too few, "
-                          f"give longer files")
-        many = n if split == "train" else n_dev
-        tool = tool_texts(tools, tokenizer, many, recipe, rng)
-        plain = [c for row in plains for c in chunks(row["text"], tokenizer)][:many]
-        sets |= {"train": tool + plain} if split == "train" else {"tool": tool, "plain": plain}
-    prompts = [render(row, tokenizer) for row in tools if "text" not in row][:2 * n_dev]
-    sets["needs"] = [prompt for prompt, _, wanted in prompts if wanted]
-    sets["none"] = [prompt for prompt, _, wanted in prompts if not wanted]
-    return sets
+                          f"give longer files or raise --n-texts")
+        if not all(isinstance(row.get("text"), str) for row in plains):
+            raise Problem('every plain row must hold a "text": see --plain-texts')
+        return tools, plains
+    (tools, plains), (dev_tools, dev_plains) = rows_of("train"), rows_of("dev")
+    prompts = [render(row, tokenizer) for row in dev_tools if "text" not in row][:2 * n_dev]
+    return {
+        "train": tool_texts(tools, tokenizer, n, recipe, random.Random(seed))
+        + plain_texts(plains, tokenizer, n),
+        "tool": tool_texts(dev_tools, tokenizer, n_dev, "dfc", random.Random(0)),
+        "plain": plain_texts(dev_plains, tokenizer, n_dev),
+        "needs": [prompt for prompt, _, wanted in prompts if wanted],
+        "none": [prompt for prompt, _, wanted in prompts if not wanted]}
 
 
 def fingerprint(folder):
     """What a model folder holds, weights and tokenizer included, as a short hash."""
     digest = hashlib.sha256()
-    kinds = (".json", ".safetensors", ".txt", ".jinja")
+    kinds = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
     for file in sorted(p for p in folder.iterdir() if p.suffix in kinds):
         digest.update(file.name.encode())
         with open(file, "rb") as f:
@@ -568,11 +586,11 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
-def collect_pair(name_a, name_b, texts, layer, positions, cache, device, load=None):
+def collect_pair(name_a, name_b, texts, layer, positions, cache, device, get_model=load_model):
     """Both models' vectors for the same token ids (A's tokenizer) -> x_NMD, fp16 on the CPU.
 
     Kept in `cache` as one array, under a key of everything that changes it; written under another
-    name until whole, so what is there is complete. load: load_model, or one that remembers.
+    name until whole, so what is there is complete. get_model: load_model, or one that remembers.
     Needs: Problem, collect, fingerprint, load_model, load_part, resolve."""
     folders = [resolve(name_a), resolve(name_b)]
     manifest = {"format": 1, "models": [fingerprint(f) for f in folders], "layer": layer,
@@ -591,19 +609,19 @@ def collect_pair(name_a, name_b, texts, layer, positions, cache, device, load=No
         raise Problem(f"widths differ: {name_a} has {widths[0]}, {name_b} has {widths[1]}")
     sides, tokenizer = [], None
     for name in (name_a, name_b):
-        model, own = (load or load_model)(name, device)
+        model, own = get_model(name, device)
         tokenizer = tokenizer or own
         if own.get_vocab() != tokenizer.get_vocab():
             raise Problem(f"{name_a} and {name_b} differ in vocabulary: token ids must agree")
         sides.append(collect(model, tokenizer, texts, [layer], positions)[layer])
-    x_NMD, part = torch.stack(sides, 1), Path(cache) / f"{key}.part{os.getpid()}"
+    x_NMD, unfinished = torch.stack(sides, 1), Path(cache) / f"{key}.part{os.getpid()}"
     try:
-        part.mkdir(parents=True)
-        np.save(part / "x.npy", x_NMD.numpy())
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        part.rename(home)
+        unfinished.mkdir(parents=True)
+        np.save(unfinished / "x.npy", x_NMD.numpy())
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        unfinished.rename(home)
     except OSError as e:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         if not home.exists():  # else another run was faster
             raise Problem(f"cannot keep activations in {cache} ({e.strerror or e}): free space, or "
                           f"give --out on another disk") from None
@@ -639,11 +657,12 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
     """Fit a crosscoder to raw vectors x_NMD on its device; returns {term: mean share of the loss}.
 
     steps of `batch` vectors with Adam at lr (paper: 9,000 of 1,024 at 1e-4), gradient norm clipped
-    at 1, bf16 autocast on CUDA. l1_shared and l1_excl are the lambdas of l1_loss; a latent silent
-    for dead_after steps counts as dead. recipe "paper": L1 as a mean over all latents, no revival,
-    constant rate. checkpoint: a file to continue from and to write every `every` steps. The shares
-    are taken over the last tenth. Needs: aux_loss, batch_indices, l1_loss, lr_at, reconstruct,
-    where_true, write."""
+    at 1; on CUDA the encoder's product, and with it the choice and the values of f, is bf16, the
+    rest fp32. l1_shared and l1_excl are the lambdas of l1_loss, aux the weight of aux_loss; a
+    latent silent for dead_after steps counts as dead. recipe "paper": L1 as a mean over all
+    latents, no revival, constant rate. checkpoint: a file to continue from and to write every
+    `every` steps. The shares are taken over the last tenth. Needs: aux_loss, batch_indices,
+    l1_loss, lr_at, reconstruct, where_true, write."""
     from tqdm import tqdm
     device, published = x_NMD.device, recipe == "paper"
     cc.confine(cc.W_enc.data, cc.W_dec.data)
@@ -665,7 +684,7 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
             group["lr"] = lr if published else lr * lr_at(step, steps)
         chosen = batch_indices(len(x_NMD), batch, step, seed).to(device, non_blocking=True)
         z_BMD = cc.normalise(x_NMD[chosen])
-        with torch.no_grad():  # which latents, in low precision; Sparse brings their gradients
+        with torch.no_grad():  # Sparse brings the gradients
             parts = (t.to(kind) for t in (cc.b_enc, z_BMD.flatten(1), cc.W_enc.flatten(0, 1)))
             top = torch.addmm(*parts, out=pre_BL).topk(cc.k, dim=-1, sorted=False)
         zhat_BMD, f_Bk = reconstruct(cc, z_BMD, (top.values.relu(), top.indices))
@@ -679,14 +698,14 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
             terms[1] = l1_loss(mean_L, cc.W_dec.flatten(1).norm(dim=1), weight)
             silent = (silent + 1) * (mean_L == 0)
             if step % look == 0 or step == begin:  # all that can be dead before the next look
-                near = where_true(cc, silent > dead_after - look)
-            terms[2] = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent > dead_after, near)
+                candidates = where_true(cc, silent > dead_after - look)
+            terms[2] = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent > dead_after, candidates)
         opt.zero_grad()
         sum(terms).backward()
         cc.confine(cc.W_enc.grad, cc.W_dec.grad)
         nn.utils.clip_grad_norm_(cc.parameters(), 1.)
         opt.step()
-        if step >= .9 * steps:
+        if step >= int(.9 * steps):
             shares += torch.stack(terms).detach()
         if step % look == 0:
             bar.set_postfix(mse=f"{terms[0].item():.4f}")
@@ -697,12 +716,12 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
     return dict(zip(("mse", "l1", "aux"), (shares / shares.sum()).tolist()))
 
 
-def write(path, save):
+def write(path, save_to):
     """Write a file under another name first, so that what bears its name is always whole.
     Needs: Problem, first_line."""
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
-        save(part)
+        save_to(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True)
@@ -723,7 +742,7 @@ def save(cc, folder, **more):
 
 
 def load(name, device="cpu"):
-    """A crosscoder from a run folder or from the hub, in evaluation mode; the paper's checkpoints
+    """A crosscoder from a run folder or from the hub; the paper's checkpoints
     too (model.pt, read without executing anything; mean 0 and scale 1). Raises Problem.
     Needs: Crosscoder, Problem, first_line, resolve."""
     folder = resolve(name)
@@ -744,7 +763,7 @@ def load(name, device="cpu"):
         cc.load_state_dict({n: t.float() for n, t in state.items()})
     except Exception as e:  # truncated, foreign, pickled code, other shapes: a dozen types
         raise Problem(f"{name} holds no crosscoder that can be read: {first_line(e)}") from None
-    return cc.to(device).eval()
+    return cc.to(device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -801,16 +820,18 @@ def parse_args(argv):
     p.add_argument("--dict", type=whole, help="latents L")
     p.add_argument("--k", type=whole, help="active latents per pair of vectors")
     p.add_argument("--excl", type=share, help="A-exclusive share of latents; 0 = plain crosscoder")
-    p.add_argument("--excl-b", type=share, help="B-exclusive share (default: as --excl)")
+    p.add_argument("--excl-b", type=share, help="B-exclusive share (default: as --excl, where that "
+                   "is given or the recipe is paper; else the preset's)")
     p.add_argument("--tie-shared", action=argparse.BooleanOptionalAction,
                    help="one decoder row for both models in shared latents")
     p.add_argument("--l1-shared", type=weight, help="lambda of the shared latents")
     p.add_argument("--l1-excl", type=weight, help="lambda of the exclusive latents")
-    p.add_argument("--steps", type=whole)
-    p.add_argument("--batch", type=whole)
-    p.add_argument("--lr", type=weight)
-    p.add_argument("--seed", type=number(int, 0), default=0)
-    p.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    p.add_argument("--steps", type=whole, help="training steps")
+    p.add_argument("--batch", type=whole, help="vectors in a step")
+    p.add_argument("--lr", type=weight, help="highest learning rate of Adam")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of weights, texts and batches")
+    p.add_argument("--out", type=Path, help="run folder (default: runs/NAME); activations are kept "
+                   "beside it, in cache/")
     p.add_argument("--resume", action="store_true", help="continue a killed run, skip a whole one")
     return settle(p.parse_args(argv))
 
@@ -840,7 +861,8 @@ def settle(args):
 
 
 def run_name(args):
-    """The published name of a setting (dfc-D8k-excl10-k45), then what is ours."""
+    """The published name of a setting (dfc-D8k-excl10-k45), then what is ours. Other models, texts
+    or steps need their own --out."""
     exclusive = args.excl + args.excl_b > 0
     size = f"D{args.dict}" if args.dict % 1024 or args.dict < 8192 else f"D{args.dict // 1024}k"
     name = f"dfc-{size}-excl{100 * args.excl:g}" if exclusive else f"cc-{size}"
@@ -855,13 +877,14 @@ CONTRASTS = {"needs/none": ("needs", "none"), "tool/plain": ("tool", "plain")}
 
 @torch.no_grad()
 def measure(cc, sets, shares):
-    """The figures of the report, from {name: x_NMD}. FVE on vectors that were not trained on."""
-    device, dev = cc.b_dec.device, ("needs", "none", "tool", "plain")
-    batches = {name: x.to(device).split(1024) for name, x in sets.items()}
-    rate = sum(cc.encode(x).gt(0).float().sum(0) for x in batches["train"]) / len(sets["train"])
-    codes = {name: torch.cat([cc.encode(x).cpu() for x in batches[name]]) for name in dev}
-    xhat = torch.cat([cc(x)[0].cpu() for name in dev for x in batches[name] if len(x)])
-    explained = fve(torch.cat([sets[name] for name in dev]).float(), xhat).tolist()
+    """The figures of the report, from {name: x_NMD}: FVE on dev texts made as the training texts
+    are, L0 and live latents on the training texts."""
+    codes = {name: torch.cat([cc.encode(v.to(cc.b_dec.device)).cpu() for v in x.split(1024)])
+             for name, x in sets.items() if name != "train"}
+    rate = sum(cc.encode(v.to(cc.b_dec.device)).gt(0).float().sum(0)
+               for v in sets["train"].split(1024)) / len(sets["train"])
+    held_out = torch.cat([sets["tool"], sets["plain"]]).float().to(cc.b_dec.device)
+    explained = fve(held_out, torch.cat([cc(v)[0] for v in held_out.split(1024)])).tolist()
     out = {"fve": dict(zip("AB", explained)), "l0": {}, "live": {}, "loss_share": shares,
            "ranking": {}}
     for name, part in cc.partitions().items():
@@ -904,9 +927,9 @@ def software():
             "transformers": transformers.__version__}
 
 
-def gather(args, device, train=True):
+def gather(args, device, with_train=True):
     """Texts, then both models' vectors for them -> ({set: x_NMD}, outliers taken out of "train");
-    train False: the dev sets alone."""
+    with_train False: the dev sets alone."""
     from transformers import AutoTokenizer
     tool = read_rows(args.tool_texts)
     plain = read_rows(args.plain_texts, 2 * args.n_texts)
@@ -914,12 +937,13 @@ def gather(args, device, train=True):
     sets = corpus(tool, plain, tokenizer, args.n_texts, args.recipe, args.seed)
     train_texts = sets.pop("train")
     wanted = [([t for texts in sets.values() for t in texts], "last")]
-    wanted += [(train_texts, args.positions)] * train
-    load = functools.cache(load_model)  # both models once, for all the texts
+    if with_train:
+        wanted.append((train_texts, args.positions))
+    get_model = functools.cache(load_model)  # both models once, for all the texts
     x = [collect_pair(args.model_a, args.model_b, texts, args.layer, where,
-                      args.out.parent / "cache", device, load) for texts, where in wanted]
+                      args.out.parent / "cache", device, get_model) for texts, where in wanted]
     out = dict(zip(sets, x[0].split([len(texts) for texts in sets.values()])))
-    if not train:
+    if not with_train:
         return out, 0
     norms = x[1].float().norm(dim=2)
     keep = (norms <= 10 * norms.median(0).values).all(1)  # attention sinks: a few huge vectors
@@ -952,7 +976,7 @@ def run(args):
             return json.loads(done.read_text())
     device, began = "cuda" if torch.cuda.is_available() else "cpu", time.time()
     args.out.mkdir(parents=True, exist_ok=True)
-    config = json.loads(json.dumps(vars(args), default=str))
+    config = as_json(args)
     write(args.out / "run.json", lambda f: f.write_text(json.dumps(config, indent=1)))
     sets, outliers = gather(args, device)
     collected, x = time.time(), sets["train"].to(device)
@@ -960,7 +984,7 @@ def run(args):
     shares = train(cc, x, args.steps, args.batch, args.lr, args.l1_shared, args.l1_excl, args.seed,
                    args.recipe, checkpoint=checkpoint)
     trained = time.time()
-    m = measure(cc.eval(), sets, shares)
+    m = measure(cc, sets, shares)
     m |= {"seconds": {"collect": collected - began, "train": trained - collected},
           "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
           "versions": software(), "seed": args.seed, "config": config,
@@ -974,10 +998,14 @@ def run(args):
     return m
 
 
+def as_json(args):
+    """The settings as run.json holds them."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
 def check_same(args):
     """A run is continued only with the settings it was begun with."""
-    before = json.loads((args.out / "run.json").read_text())
-    now = json.loads(json.dumps(vars(args), default=str))
+    before, now = json.loads((args.out / "run.json").read_text()), as_json(args)
     other = [n for n in now if n not in ("resume", "out") and before.get(n) != now[n]]
     if other:
         raise Problem(f"{args.out} was begun with another {', '.join(other)}: use the same, or "
@@ -997,7 +1025,8 @@ def cli(main, argv=None):
               f"space? permission?)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on (dfc.py: with --resume)", file=sys.stderr)
+        print("\ninterrupted: the same command goes on from here (dfc.py with --resume)",
+              file=sys.stderr)
         return 130
 
 

@@ -9,7 +9,7 @@ Evaluated is what a crosscoder keeps of tool use: A and its base B answer the te
 with their activation at the prompt's last token replaced by the crosscoder's reconstruction, its
 parts, and controls. Every answer goes to eval.jsonl in the run folder, the totals to metrics.json.
 
-One real row and its verdict (the tools are get_weather, get_time, get_weather_alerts):
+An example and its verdict (the tools are get_weather, get_time, get_weather_alerts):
 
     gold        <think> t </think>
                 <tool_call>
@@ -22,13 +22,18 @@ Scores, each a pure function of text:
 
     exact          the multiset of calls equals the gold one (names, keys, values; any order);
                    where no call is wanted, a non-empty answer and no call. The headline.
-    name, called   the multiset of names equals the gold one; any well-formed call at all
+    name, called   the multiset of names equals the gold one; any well-formed call at all. A call
+                   without its closing tag counts for these two, and is never exact
     false_call     called, where no call is wanted
     toolrl         ToolRL's reward (arXiv 2504.13958): format {0, 1} + correctness [-3, 3]
     paper_*        the rubric of arXiv 2606.26474: format = a <tool_call> and a "name" anywhere;
                    tool = the first "name" equals, contains or is contained in any listed tool;
                    overall = -1 + format + 2 tool. Calling tool 1 with {} scores 100 %: hence the
                    chance lines, three answers that never read the question.
+
+Shapes: N prompts, M = 2 models (A, B), D width, L latents, V versions of an answer (what is patched
+in), R = N V rows of one batch in flight, T tokens. "Needs:" in a docstring: what to copy along with
+the piece.
 """
 
 import argparse
@@ -48,7 +53,7 @@ from pathlib import Path
 # ---------------------------------------------------------------------------------------------
 
 TURN = {"role": str, "content": str | None, "tool_calls": list | None}
-FORMATS = {  # what a row of each must hold; the first whose keys are all there
+FORMATS = {  # the fields of each; a row is of the first whose keys it all has
     "ToolRL": {"instruction": str, "input": str, "output": str},
     "verl": {"prompt": [TURN], "reward_model": {"ground_truth": str | list}},
     "score-only": {"prediction": str, "ground_truth": str | list},
@@ -75,8 +80,9 @@ def format_of(row):
 
 def one_format(row, first):
     """RowError if two rows are of two formats. Needs: RowError, format_of."""
-    if format_of(row) != format_of(first):
-        raise RowError(f"{format_of(row)} format, but {format_of(first)} before")
+    kind, before = format_of(row), format_of(first)
+    if kind != before:
+        raise RowError(f"{kind} format, but {before} before")
 
 
 def check(value, shape, name=""):
@@ -93,12 +99,13 @@ def check(value, shape, name=""):
 
 
 def to_record(row):
-    """{messages, tools, calls, gold} from a row of any format.
+    """{messages, tools, listed, calls, gold} from a row of any format.
 
-    messages: [{role, content}], None for score-only rows;  tools: list of names;
+    messages: [{role, content, ...}], None for score-only rows;  tools: list of names;  listed: the
+    row's own list of tools for the chat template, None where the system text holds it;
     calls: [{name, parameters}], [] = no call wanted;  gold: its raw text, None if there is none.
     Raises RowError naming the field that is wrong, CallError when the gold does not parse.
-    Needs: FORMATS, RowError, check, format_of, gold_calls, listed_names, tool_names.
+    Needs: FORMATS, RowError, check, format_of, gold_calls, listed_tools, tool_names.
     """
     kind = format_of(row)
     check(row, FORMATS[kind])
@@ -110,14 +117,15 @@ def to_record(row):
     elif kind == "score-only":
         messages, gold = None, row["ground_truth"]
     else:
-        *messages, last = row["messages"] or [{"role": None}]
-        if last["role"] != "assistant":
+        if not row["messages"] or row["messages"][-1]["role"] != "assistant":
             raise RowError("messages must end in the assistant's turn, which is the gold")
+        *messages, last = row["messages"]
         gold = last.get("tool_calls") or last.get("content") or ""
     system = [m.get("content") or "" for m in messages or [] if m["role"] == "system"]
-    listed = row.get("tools")
-    tools = tool_names("\n".join(system)) if listed is None else listed_names(listed)
-    return {"messages": messages, "tools": tools, "calls": gold_calls(gold),
+    tools, listed = tool_names("\n".join(system)), None
+    if row.get("tools") is not None:
+        tools, listed = listed_tools(row["tools"])
+    return {"messages": messages, "tools": tools, "listed": listed, "calls": gold_calls(gold),
             "gold": gold if isinstance(gold, str) else None}
 
 
@@ -126,15 +134,16 @@ def tool_names(text):
     return re.findall(r"^[ \t]*\d+\.[ \t]*Name:[ \t]*(\S.*?)\s*$", text, re.M)
 
 
-def listed_names(tools):
-    """Names from a list of tools, also as JSON text: plain names, {name: ...} or OpenAI's
-    {function: {name: ...}}. Needs: RowError, check."""
+def listed_tools(tools):
+    """(names, the list) of a list of tools, also as JSON text: {name: ...} or OpenAI's {function:
+    {name: ...}}; of plain names, which no chat template can show, (names, None).
+    Needs: RowError, check."""
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools
         check(tools, [])
         names = [t if isinstance(t, str) else t.get("function", t)["name"] for t in tools]
         check(names, [str])
-        return names
+        return names, None if names == tools else tools
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise RowError("tools must be a list of names or of objects with a name") from None
 
@@ -147,7 +156,7 @@ def gold_calls(gold):
     calls = parse_calls(gold)
     if not calls and re.match(r'\s*[\[{].*"name".*"(parameters|arguments)"', gold, re.S):
         raise CallError(f"a call without <tool_call> tags: {gold[:60]!a}")
-    return [{"name": c["name"], "parameters": c["parameters"]} for c in calls]
+    return [{"name": c["name"], "parameters": c["parameters"]} for c in calls]  # closed or not
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,8 +184,8 @@ def parse_calls(text):
         body, closed, _ = block.partition("</tool_call>")
         try:
             loads(body)
-            pieces = [body]
-        except CallError:
+            pieces = [body]  # Hermes
+        except CallError:    # ToolRL
             pieces = [line for line in body.split("\n") if line.strip()] or [body]
         for piece in pieces:
             try:
@@ -210,7 +219,7 @@ def as_call(obj):
 
 
 def shallow(value, levels=50):
-    """Few enough levels: comparing two values nested 500 deep ends in a RecursionError."""
+    """At most `levels` levels: equal() recurses, and some hundreds end in a RecursionError."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels > 0 and all(shallow(v, levels - 1) for v in inner)
 
@@ -230,15 +239,19 @@ def equal(a, b):
 
 
 def same_calls(calls, gold):
-    """Whether two lists of calls are equal as multisets; a call marked unclosed equals none.
+    """Whether two lists of calls are equal as multisets; a call marked unclosed equals none, for
+    the mark is one key more.
     Needs: equal."""
     return len(calls) == len(gold) and all(  # > 0: NaN equals nothing, itself included
         sum(equal(g, c) for c in calls) == sum(equal(g, h) for h in gold) > 0 for g in gold)
 
 
 def has_response(output, gold):
-    """A non-empty <response>; plain text where the row's format has no such tag."""
-    answer = output.rsplit("</think>", 1)[-1]
+    """A non-empty <response>; plain text where the row's format has no such tag. A thought that
+    does not end is no answer."""
+    _, thought, answer = output.rpartition("</think>")
+    if "<think>" in output and not thought:
+        return False
     inside, closed, _ = answer.partition("<response>")[2].partition("</response>")
     tagged = closed or "<response>" in (gold or "")
     return bool(closed and inside.strip()) if tagged else bool(answer.strip())
@@ -256,7 +269,7 @@ def toolrl_format(output, gold):
 
 def jaccard(a, b):
     """Intersection over union of two multisets; 1 if they are equal."""
-    a, b = Counter(list(a)), Counter(list(b))
+    a, b = Counter(list(a)), Counter(list(b))  # list: of a dict the keys, not keys with counts
     return (a & b).total() / (a | b).total() if a != b else 1.
 
 
@@ -317,7 +330,7 @@ def score(output, record):
 # 4. Totals, chance, and scoring a file
 # ---------------------------------------------------------------------------------------------
 
-MEANS = ("toolrl", "toolrl_correctness", "paper_overall")  # what is no share
+MEANS = ("toolrl", "toolrl_correctness", "paper_overall")  # all other scores are 0 or 1 a row
 
 
 def wilson(hits, n, z=1.96):
@@ -335,11 +348,14 @@ def totals(scores, records):
     pairs, out = list(zip(scores, records, strict=True)), {}
     for group, wants in (("all", (True, False)), ("needs", (True,)), ("none", (False,))):
         some = [(s, r) for s, r in pairs if bool(r["calls"]) in wants]
-        for name in some[0][0] if some else ():
+        if not some:
+            continue
+        out[group] = {"n": len(some)}
+        for name in some[0][0]:
             values = [s[name] for s, r in some if r["tools"] or not name.startswith("paper")]
-            total = wilson if name not in MEANS else lambda s, n: {"mean": s / n, "n": n}
+            hits, n = sum(values), len(values)
             if values:
-                out.setdefault(group, {"n": len(some)})[name] = total(sum(values), len(values))
+                out[group][name] = {"mean": hits / n, "n": n} if name in MEANS else wilson(hits, n)
     return out
 
 
@@ -358,7 +374,7 @@ def chance(records, seed=0):
 
 
 def print_table(result, chances):
-    """Totals and chance lines, one line each; the last line is the headline."""
+    """Totals and chance lines, one line each; the last line is the headline. Needs: headline."""
     names = {"all": "all", "needs": "a tool is needed", "none": "no tool is wanted"}
     lines = {names[group]: t for group, t in result.items()}
     lines |= {f"chance: {name}": t["all"] for name, t in chances.items()}
@@ -368,8 +384,12 @@ def print_table(result, chances):
         span = f"{t['exact']['lo']:.1f}-{t['exact']['hi']:.1f}"
         print(f"{name:23s}{t['n']:6d}{t['exact']['pct']:9.1f}{span:>12s}{t['name']['pct']:8.1f}"
               f"{t['called']['pct']:10.1f}{t['toolrl']['mean']:8.2f}{tool:>14s}")
-    e = result["all"]["exact"]
-    print(f"\nexact {e['hits']}/{e['n']} ({e['pct']:.1f}%, 95% {e['lo']:.1f}-{e['hi']:.1f})")
+    print("\n" + headline("exact", result["all"]["exact"]))
+
+
+def headline(name, total):
+    """exact n/total (pct%, 95% lo-hi)"""
+    return "{} {hits}/{n} ({pct:.1f}%, 95% {lo:.1f}-{hi:.1f})".format(name, **total)
 
 
 def read_jsonl(name):
@@ -410,9 +430,11 @@ def score_rows(rows):
 
 
 def say_unread(unread, n):
+    """Of n rows, {number: why} that are left out: how many, which (the first ten), and one why."""
     if unread:
-        print(f"left out, prompt or gold cannot be used: {len(unread)} of {n}, row "
-              f"{', '.join(map(str, unread))} ({next(iter(unread.values()))})\n")
+        which = ", ".join(map(str, list(unread)[:10])) + ", ..." * (len(unread) > 10)
+        print(f"left out, prompt or gold cannot be used: {len(unread)} of {n}, row {which} "
+              f"({next(iter(unread.values()))})\n")
 
 
 def score_file(name):
@@ -434,7 +456,8 @@ def prompt_of(record, tokenizer, style="chat", limit=None):
     template, up to the assistant's turn (how ToolRL trains and tests); "paper": the system text
     alone, raw (what the published figures used: it does not hold the question).
     Above `limit` tokens the dialogue loses its beginning, the system text with the tools stays.
-    Raises RowError where there is no template, and TooLong where cutting cannot help.
+    Raises RowError where there is no template or the tools would not be in the prompt, and TooLong
+    where cutting cannot help.
     Needs: RowError, TooLong."""
     if style == "chat" and tokenizer.chat_template is None:
         raise RowError("this tokenizer has no chat template (--prompt paper needs none)")
@@ -449,17 +472,21 @@ def prompt_of(record, tokenizer, style="chat", limit=None):
         if style == "paper":
             return "\n".join(t["content"] for t in turns if t["role"] == "system")
         try:
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            return tokenizer.apply_chat_template(turns, tools=record.get("listed"), tokenize=False,
+                                                 add_generation_prompt=True)
         except Exception as e:  # the template's own words, for instance on a role it does not know
             raise RowError(f"the chat template refuses it: {str(e)[:100]}") from None
     prompt = render()
     for turn in [t for t in turns if limit is not None and t["role"] != "system"]:
         while turn["content"] and (over := len(tokens(prompt)) - limit) > 0:
-            ids = tokens(turn["content"])  # a character cut in two becomes \ufffd
-            turn["content"] = tokenizer.decode(ids[over:]).lstrip("\ufffd")
+            ids = tokens(turn["content"])
+            turn["content"] = tokenizer.decode(ids[over:]).lstrip("\ufffd")  # half a character
             prompt, cut = render(), cut + len(ids[:over])
     if not prompt.strip():
         raise RowError("its prompt is empty")
+    if record.get("tools") and not any(name in prompt for name in record["tools"]):
+        raise RowError("its tools are not in the prompt: not in the system text, nor shown by the "
+                       "chat template")
     if limit is not None and len(tokens(prompt)) > limit:
         raise TooLong(f"its system text alone has more than {limit} tokens")
     return prompt, cut
@@ -473,13 +500,13 @@ def patch(model, layer, edit, positions="last"):
     Needs: blocks."""
     import torch
     from dfc import blocks
-    passes = []
+    first = True
 
     def hook(_, __, out):
-        h = out[0] if isinstance(out, tuple) else out
-        if positions == "last" and passes:
+        nonlocal first
+        if positions == "last" and not first:
             return None
-        passes.append(1)
+        first, h = False, out[0] if isinstance(out, tuple) else out
         h = edit(h) if positions == "all" else torch.cat([h[:, :-1], edit(h[:, -1:])], 1)
         return (h, *out[1:]) if isinstance(out, tuple) else h
     handle = blocks(model)[layer].register_forward_hook(hook)
@@ -500,9 +527,10 @@ def end_tokens(model, tokenizer):
 
 
 def prefill(model, tokenizer, prompts, batch_tokens=8192, share=True):
-    """Batches of prompts of like length, padded on the left: [(rows, ids, mask, cache)]. The cache
-    holds keys and values of every token but the last: a patch there does not change them, so they
-    are computed once for all answers. share False: no cache, for patches at every token.
+    """Batches of prompts of like length, padded on the left: [(rows, ids, mask, cache)], rows their
+    places among the prompts, ids and mask (R, T). The cache holds keys and values of every token
+    but the last: a patch there does not change them, so they are computed once for all answers
+    (at Qwen2.5-3B's size 37 KB a token). share False: no cache, for patches at every token.
     Needs: cut_batches."""
     import torch
     from transformers import DynamicCache
@@ -511,11 +539,12 @@ def prefill(model, tokenizer, prompts, batch_tokens=8192, share=True):
     order, out = sorted(range(len(lists)), key=lambda i: len(lists[i])), []
     for rows in cut_batches(order, lists, batch_tokens):
         width, cache = len(lists[rows[-1]]), None
-        ids = torch.tensor([[0] * (width - len(lists[i])) + lists[i] for i in rows])
-        mask = torch.tensor([[0] * (width - len(lists[i])) + [1] * len(lists[i]) for i in rows])
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        pads = [[0] * (width - len(lists[i])) for i in rows]
+        ids = torch.tensor([pad + lists[i] for pad, i in zip(pads, rows)]).to(model.device)
+        mask = torch.tensor([pad + [1] * (width - len(pad)) for pad in pads]).to(model.device)
         if share and width > 1:
-            cache, places = DynamicCache(config=model.config), mask.cumsum(1) - 1
+            cache = DynamicCache(config=model.config)
+            places = mask.cumsum(1) - 1
             with torch.no_grad():
                 model.base_model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1],
                                  position_ids=places.clamp(min=0)[:, :-1], past_key_values=cache)
@@ -524,9 +553,9 @@ def prefill(model, tokenizer, prompts, batch_tokens=8192, share=True):
 
 
 def with_room(cache, copies, room):
-    """A cache with each prompt's keys and values `copies` times and room for more tokens. The
-    library's own grows by torch.cat, which copies all of it at every token: on a CPU that took
-    three quarters of the time."""
+    """A cache with each prompt's keys and values `copies` times and room for so many more tokens.
+    The library's own grows by torch.cat, which copies all of it at every token: on a CPU that took
+    three quarters of the time of an answer."""
     import torch
     from transformers.cache_utils import DynamicLayer
 
@@ -545,13 +574,15 @@ def with_room(cache, copies, room):
             self.keys, self.values = (r[..., :end, :] for r in self.rooms)
             return self.keys, self.values
 
-    cache = copy.deepcopy(cache)
-    for i, layer in enumerate(cache.layers):
+    def own(layer):
         if type(layer) is DynamicLayer:
-            cache.layers[i] = Roomy(layer)
-        else:
-            layer.batch_repeat_interleave(copies)
-    return cache
+            return Roomy(layer)
+        layer = copy.deepcopy(layer)  # of another kind, for instance with a sliding window
+        layer.batch_repeat_interleave(copies)
+        return layer
+    out = copy.copy(cache)
+    out.layers = [own(layer) for layer in cache.layers]
+    return out
 
 
 def answer(model, tokenizer, batch, max_new, copies=1):
@@ -563,8 +594,8 @@ def answer(model, tokenizer, batch, max_new, copies=1):
     ends = end_tokens(model, tokenizer)
     out = model.generate(  # all spelled out: a model's own file may ask for sampling or penalties
         input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new,
-        do_sample=False, num_beams=1, repetition_penalty=1., temperature=1., top_p=1., top_k=50,
-        eos_token_id=ends, pad_token_id=ends[0])
+        use_cache=True, do_sample=False, num_beams=1, repetition_penalty=1., temperature=1.,
+        top_p=1., top_k=50, eos_token_id=ends, pad_token_id=ends[0])
     return tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
 
 
@@ -574,7 +605,10 @@ def generate(model, tokenizer, batches, max_new=64, layer=None, vectors_VND=None
 
     Each prompt is answered V times, with vectors_VND[v, n] in place of (add: added to) the output
     of block `layer` at its last token (positions: see patch); without vectors once, clean. at_once
-    bounds the tokens in flight. Needs: answer, edit_with, patch."""
+    bounds the tokens in flight. Raises ValueError for positions "all" on shared prefixes, which
+    such a patch would not reach. Needs: answer, edit_with, patch."""
+    if positions == "all" and any(cache is not None for *_, cache in batches):
+        raise ValueError('positions "all" needs prefill(..., share=False)')
     versions = 1 if vectors_VND is None else len(vectors_VND)
     out = [[None] * sum(len(rows) for rows, *_ in batches) for _ in range(versions)]
     for batch in batches:
@@ -593,8 +627,11 @@ def generate(model, tokenizer, batches, max_new=64, layer=None, vectors_VND=None
 
 
 def edit_with(v_RD, add=False):
-    """An edit for patch(): vectors, one a row, in place of or added to what is there."""
-    return lambda h: v_RD[:, None].to(h) + h if add else v_RD[:, None].to(h)
+    """An edit for patch(): vectors, one a row, in place of or added to what is there, (R, T, D)."""
+    def edit(h):
+        v = v_RD[:, None].to(h)
+        return h + v if add else v.expand_as(h)
+    return edit
 
 
 # ---------------------------------------------------------------------------------------------
@@ -605,12 +642,12 @@ def edit_with(v_RD, add=False):
 def reconstructions(cc, x_NMD, raw=False, seeds=3):
     """{"A": {version: vectors_ND}, "B": ...}: what takes the place of each model's own activation.
 
-    The pair is encoded together. Into both: the activation itself (nothing may change), the
-    reconstruction, its parts (one partition's latents alone; b_dec alone), and the activation plus
-    noise as long as the reconstruction's error. Into B also the reconstruction when A's vector was
-    its mean or another prompt's: what changes then came in from A. raw: as published, with the
-    mean and scale left out (README, "What the published pipeline gets wrong"). Needs: NAMES,
-    unscaled."""
+    The pair is encoded together. Into both: the activation itself (a check: nothing may change),
+    the reconstruction, its parts (b_dec with one partition's latents; b_dec alone), and the
+    activation plus noise as long as the reconstruction's error. Into B also the reconstruction when
+    A's vector was its mean or another prompt's: what changes then came in from A. raw: as
+    published, mean and scale left out (README, "What the published pipeline gets wrong").
+    Needs: NAMES, unscaled."""
     import torch
     from dfc import NAMES
     out = {"A": {}, "B": {}}
@@ -628,7 +665,7 @@ def reconstructions(cc, x_NMD, raw=False, seeds=3):
         for name, part in cc.partitions().items():
             kept_NL = torch.zeros_like(f_NL)
             kept_NL[:, part] = f_NL[:, part]
-            writes = [m for m in (0, 1) if cc.dec_mask[part, m].any()]
+            writes = [m for m in (0, 1) if cc.dec_mask[part, m].any()]  # none of an empty part
             put(f"{NAMES[name]} alone", cc.decode(kept_NL), writes)
         put("b_dec alone", cc.decode(torch.zeros_like(f_NL)))
         for seed in range(seeds):
@@ -668,26 +705,27 @@ def summary(outputs, records):
     """(scores, result) of {model: {version: texts}}: scores[model][version] one score() a row,
     result[model][version] = {totals, delta}, delta against clean on the rows that need a tool.
     Needs: paired, score, totals."""
-    scores = {model: {version: [score(t, r) for t, r in zip(texts, records, strict=True)]
-                      for version, texts in versions.items()}
-              for model, versions in outputs.items()}
-    needs = {"exact": [i for i, r in enumerate(records) if r["calls"]]}
-    needs["paper_tool"] = [i for i in needs["exact"] if records[i]["tools"]]
-    return scores, {model: {version: {
-        "totals": totals(rows, records),
-        "delta": {name: paired([rows[i][name] for i in some],
-                               [versions["clean"][i][name] for i in some])
-                  for name, some in needs.items()}}
-        for version, rows in versions.items()} for model, versions in scores.items()}
+    scores, result = {model: {} for model in outputs}, {model: {} for model in outputs}
+    compared = {"exact": [i for i, r in enumerate(records) if r["calls"]]}
+    compared["paper_tool"] = [i for i in compared["exact"] if records[i]["tools"]]
+    for model, versions in outputs.items():
+        for version, texts in versions.items():  # "clean" is the first
+            rows = [score(t, r) for t, r in zip(texts, records, strict=True)]
+            scores[model][version], clean = rows, scores[model].get("clean", rows)
+            delta = {name: paired([rows[i][name] for i in some], [clean[i][name] for i in some])
+                     for name, some in compared.items()}
+            result[model][version] = {"totals": totals(rows, records), "delta": delta}
+    return scores, result
 
 
-def print_versions(result, chances, gold):
-    """One block a model, one line a version, and the chance lines; without gold no exact."""
+def print_versions(result, chances, question=True):
+    """One block a model, one line a version, and the chance lines. question False: the prompt does
+    not hold the question, and no exact is printed."""
     def line(name, total, delta):
         shown = f"{name:19s}"
         for column, group in (("exact", "needs"), ("called", "needs"), ("false_call", "none"),
                               ("paper_tool", "needs")):
-            known = gold or column != "exact"
+            known = question or column != "exact"
             v, d = total.get(group, {}).get(column), delta.get(column)
             shown += f"{v['pct']:8.1f}" if known and v else f"{'-':>8s}"
             if column in ("exact", "paper_tool"):
@@ -710,9 +748,10 @@ def print_versions(result, chances, gold):
 # 7. The program: evaluate crosscoders
 # ---------------------------------------------------------------------------------------------
 
-RUN = {"model_a": str, "model_b": str, "tool_texts": str, "layer": int, "recipe": str,
-       "preset": str}  # what is read of run.json
-MAX_NEW = {"tiny": 64, "paper": 512}  # tokens of an answer; the embedded pair's end by 50
+FIELDS = {"model_a": str, "model_b": str, "tool_texts": str, "layer": int, "recipe": str,
+          "preset": str}  # what is read of run.json
+MAX_NEW = {"tiny": 64, "paper": 512}  # tokens of an answer; tiny/'s answers end within 50
+MAX_PROMPT = 4096  # tokens; what dfc.collect reads of a text
 
 
 def newest(where="runs"):
@@ -727,33 +766,40 @@ def newest(where="runs"):
 
 def open_run(name, preset, device):
     """(crosscoder, settings, folder of results) of a run of dfc.py; of a crosscoder alone with the
-    models and texts of a preset and the layer its own file names. Raises dfc.Problem."""
+    models and texts of a preset and the layer its own file names: its results go to
+    runs/OWNER--NAME. Raises dfc.Problem."""
     import dfc
     if preset is None and not (Path(name) / "run.json").exists():
         raise dfc.Problem(f"{name} is no run of dfc.py: a crosscoder alone needs --preset as well")
     folder = dfc.resolve(str(name))
-    settings, results = read_json(folder / "run.json", RUN), folder
-    if settings and not (folder / "metrics.json").exists():
-        raise dfc.Problem(f"{folder} is half a run: finish it with dfc.py --resume")
-    if not settings:
-        own = read_json(folder / "config.json") | read_json(folder / "hparams.json")
-        settings = dfc.PRESETS[preset] | {"preset": preset, "recipe": own.get("recipe", "dfc")}
-        settings["layer"] = own.get("layer", settings["layer"])
-        results = Path("runs") / Path(name).absolute().name
-    return dfc.load(folder, device), settings, results
+    if preset is None:
+        if not (folder / "metrics.json").exists():
+            raise dfc.Problem(f"{folder} is half a run: finish it with dfc.py --resume")
+        return dfc.load(folder, device), read_json(folder / "run.json", FIELDS), folder
+    own = read_json(folder / "config.json") | read_json(folder / "hparams.json")
+    settings = dfc.PRESETS[preset] | {"preset": preset, "recipe": own.get("recipe", "dfc")}
+    settings["layer"] = own.get("layer", settings["layer"])
+    return dfc.load(folder, device), settings, Path("runs") / "--".join(Path(name).parts[-2:])
 
 
-def open_runs(names, preset, device):
-    """open_run() for all; they must be of one pair of models and texts."""
+def open_runs(names, device, crosscoder=None, preset=None):
+    """open_run() for some runs and a crosscoder alone, or, without either, for the newest run; all
+    of one pair of models and texts. Raises dfc.Problem."""
     from dfc import Problem
-    runs = [open_run(name, preset, device) for name in names]
+    if preset and not crosscoder:
+        raise Problem("--preset is for --crosscoder: a run knows its own models and texts")
+    runs = [open_run(name, None, device) for name in names]
+    if crosscoder:
+        runs.append(open_run(crosscoder, preset, device))
+    runs = runs or [open_run(newest(), None, device)]
     if len({(s["model_a"], s["model_b"], s["tool_texts"]) for _, s, _ in runs}) > 1:
         raise Problem("these runs are of different models or texts: evaluate them apart")
     return runs
 
 
 def load_both(runs, device):
-    """({"A": model, "B": model}, tokenizer) of open_runs(). Raises dfc.Problem."""
+    """({"A": model, "B": model}, A's tokenizer) of open_runs(): its template serves both models.
+    Raises dfc.Problem."""
     import dfc
     settings = runs[0][1]
     (a, tokenizer), (b, other) = (dfc.load_model(settings[m], device)
@@ -761,19 +807,29 @@ def load_both(runs, device):
     if tokenizer.get_vocab() != other.get_vocab():
         raise dfc.Problem(f"{settings['model_a']} and {settings['model_b']} differ in vocabulary")
     for cc, _, folder in runs:
-        width, wanted = cc.b_dec.shape[1], a.config.get_text_config().hidden_size
-        if width != wanted:
-            raise dfc.Problem(f"{folder} is {width} wide, {settings['model_a']} {wanted}: they do "
-                              f"not belong together")
+        for m, model in (("model_a", a), ("model_b", b)):
+            width, wanted = cc.b_dec.shape[1], model.config.get_text_config().hidden_size
+            if width != wanted:
+                raise dfc.Problem(f"{folder} is {width} wide, {settings[m]} {wanted}: they do not "
+                                  f"belong together")
     return {"A": a, "B": b}, tokenizer
 
 
-def read_split(settings, tokenizer, style="chat", most=None, limit=4096, split="test"):
-    """[(row, record, prompt)] of a split, prompts of at most 4,096 tokens or `limit`; what is left
-    out or cut is said. Raises dfc.Problem."""
+def room(models, max_new):
+    """Tokens that a prompt may have. Raises dfc.Problem where an answer leaves it none."""
+    from dfc import Problem
+    most = min(m.config.get_text_config().max_position_embeddings for m in models.values())
+    if most <= max_new:
+        raise Problem(f"--max-new {max_new} leaves no room for a prompt: the models hold {most} "
+                      f"tokens")
+    return min(most - max_new, MAX_PROMPT)
+
+
+def read_split(settings, tokenizer, style="chat", most=None, limit=MAX_PROMPT, split="test"):
+    """[(row, record, prompt)] of a split, prompts of at most `limit` tokens; what is left out or
+    cut is said. Raises dfc.Problem."""
     import dfc
-    rows, kept, unread, cut = dfc.read_rows(settings["tool_texts"]), [], {}, []
-    limit = min(limit, 4096)
+    kept, unread, cut, rows = [], {}, [], dfc.read_rows(settings["tool_texts"])
     rows = [(n, row) for n, row in enumerate(rows, 1) if dfc.split_of(row) == split]
     if most is not None and most < len(rows):
         rows = sorted(random.Random(0).sample(rows, most), key=lambda r: r[0])
@@ -782,7 +838,8 @@ def read_split(settings, tokenizer, style="chat", most=None, limit=4096, split="
             one_format(row, rows[0][1])
             record = to_record(row)
             prompt, lost = prompt_of(record, tokenizer, style, limit)
-            kept, cut = kept + [(row, record, prompt)], cut + [lost] * bool(lost)
+            kept.append((row, record, prompt))
+            cut += [lost] if lost else []
         except (CallError, TooLong) as e:
             unread[number] = e
         except RowError as e:
@@ -813,23 +870,27 @@ def evaluate(args):
     """Evaluate crosscoders of one pair: models loaded once, clean answers made once."""
     import torch
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = args.runs + [args.crosscoder] * bool(args.crosscoder) or [newest()]
-    runs = open_runs(names, args.preset, device)
+    runs = open_runs(args.runs, device, args.crosscoder, args.preset)
     how = {"prompt": args.prompt, "rows": args.rows,
            "max_new": args.max_new or MAX_NEW[runs[0][1]["preset"]]}
-    todo = [run for run in runs
-            if read_metrics(run[2]).get("evaluation", {}).get("how") != how | identity(run)]
-    for run in runs:
-        if run not in todo:
+    todo = []
+    for run in runs:  # what is evaluated already comes first
+        done = read_metrics(run[2]).get("evaluation", {}).get("how")
+        if done == how | identity(run):
             report(run[2], args.show)
-    for folder in evaluate_runs(todo, how, device) if todo else ():
-        report(folder, args.show)
+        else:
+            todo.append(run)
+    if todo:
+        for folder in evaluate_runs(todo, how, device):
+            report(folder, args.show)
 
 
 def identity(run):
-    """What an evaluation hangs on besides its flags."""
+    """What an evaluation hangs on besides its flags: models, texts, layer, crosscoder."""
     cc, settings, _ = run
-    return {"layer": settings["layer"], "weights": zlib.crc32(cc.W_dec.detach().cpu().numpy())}
+    weights = [zlib.crc32(t.cpu().contiguous().numpy()) for t in cc.state_dict().values()]
+    return {k: settings[k] for k in ("model_a", "model_b", "tool_texts", "layer")} | {
+        "weights": zlib.crc32(repr((weights, cc.k)).encode())}
 
 
 def evaluate_runs(runs, how, device):
@@ -837,8 +898,8 @@ def evaluate_runs(runs, how, device):
     folders as they are done."""
     import torch
     models, tokenizer = load_both(runs, device)
-    room = models["A"].config.get_text_config().max_position_embeddings - how["max_new"]
-    kept = read_split(runs[0][1], tokenizer, how["prompt"], how["rows"], room)
+    kept = read_split(runs[0][1], tokenizer, how["prompt"], how["rows"],
+                      room(models, how["max_new"]))
     _, records, prompts = zip(*kept)
     x = pair_vectors(models, tokenizer, prompts, sorted({s["layer"] for _, s, _ in runs}))
     batches = {m: prefill(models[m], tokenizer, prompts) for m in models}
@@ -870,15 +931,17 @@ def keep(folder, kept, outputs, how, seconds):
 
 
 def write_rows(path, kept, outputs, scores):
-    """One line a row: kind, prompt, gold, calls; per model and version the output and scores."""
+    """One line a row: kind (the row's own word, if it has one), prompt, gold, calls; per model and
+    version the output and its scores."""
     from dfc import write
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"kind": row.get("kind"), "prompt": prompt, "gold": r["gold"],
-                         "calls": r["calls"], "outputs": {m: {
-                             v: {"output": texts[i]} | scores[m][v][i]
-                             for v, texts in versions.items()} for m, versions in outputs.items()}})
-             for i, (row, r, prompt) in enumerate(kept)]
-    write(path, lambda f: f.write_text("\n".join(lines) + "\n"))
+    lines = []
+    for i, (row, record, prompt) in enumerate(kept):
+        said = {m: {v: {"output": texts[i]} | scores[m][v][i] for v, texts in versions.items()}
+                for m, versions in outputs.items()}
+        lines.append(json.dumps({"kind": row.get("kind"), "prompt": prompt, "gold": record["gold"],
+                                 "calls": record["calls"], "outputs": said}) + "\n")
+    write(path, lambda f: f.write_text("".join(lines)))
 
 
 def add_metrics(folder, key, value):
@@ -909,16 +972,16 @@ def read_json(file, shape={}):
 def report(folder, examples):
     """The table of an evaluated run, some rows if asked for, and the headline."""
     e = read_metrics(folder)["evaluation"]
-    gold = e["how"]["prompt"] == "chat"
+    question = e["how"]["prompt"] == "chat"
     print(f"\n{folder}, layer {e['how']['layer']}, prompt {e['how']['prompt']}")
-    print_versions(e["models"], e["chance"], gold)
-    print("paper, paper_tool over 48 settings: into A +31.1 +- 9.7 (clean 19), "
-          "into B +6.8 +- 5.0 (clean 0)")
-    for _, row in read_jsonl(folder / "eval.jsonl")[:examples] if examples else ():
-        print_row(row)
-    t = e["models"]["A"]["reconstruction"]["totals"]["all"]["exact" if gold else "called"]
-    print(f"\n{'exact' if gold else 'called'} {t['hits']}/{t['n']} ({t['pct']:.1f}%, "
-          f"95% {t['lo']:.1f}-{t['hi']:.1f})   A, reconstruction, all rows")
+    print_versions(e["models"], e["chance"], question)
+    print("published change of tool %, mean and sd over 48 settings of another pair: into A "
+          "+31.1, 9.7\n(clean 19), into B +6.8, 5.0 (clean 0)")
+    if examples:
+        for _, row in read_jsonl(folder / "eval.jsonl")[:examples]:
+            print_row(row)
+    name, total = "exact" if question else "called", e["models"]["A"]["reconstruction"]["totals"]
+    print("\n" + headline(name, total["all"][name]) + "   A, reconstruction, all rows")
 
 
 def print_row(row):

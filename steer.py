@@ -5,13 +5,15 @@ Take the A-exclusive latent that best separates prompts that need a tool from pr
 
     delta_n = sum_{l in S} (alpha - 1) f_nl W_dec[l, m]       added to model m, prompt n, raw units
 
-    alpha = 1 changes nothing, alpha = 0 takes the latents S away, above 1 exaggerates them. Into
-    the other model goes c W_dec[l, m], with c the latent's mean or maximum on dev prompts.
+    m is the latents' own model; alpha = 1 changes nothing, alpha = 0 takes the latents S away,
+    above 1 exaggerates them. Into the other model goes c W_dec[l, m], with c the latent's mean or
+    maximum on dev prompts, or a multiple of the maximum that does best there.
 
 An effect alone shows little: many directions of that length break an answer. So each stands beside
-directions of the same length that know nothing of tools (10 random ones, 10 other live latents of
-the same partition) and two that need no dictionary (the differences of means, A - B and
-needs - none). The verdict is computed: no, beyond random, beyond every control.
+other directions of the same length: 10 random ones, 10 other live latents of the same partition
+(other tool latents among them, if there are any), and two that need no dictionary, the differences
+of means A - B and needs - none. Strengths are chosen on dev rows for the latent, not for its
+controls. The verdict is computed, one for each claim: no, beyond random, beyond every control.
 
     python steer.py                                        # the newest run
     python steer.py --latents 42 --alpha 0 --prompt "..."  # your own latents, strength and prompt
@@ -23,10 +25,11 @@ taken away from B, and its B direction is added to A. Both kinds go through the 
 
 Shapes as in dfc.py: N prompts, M = 2 models, D width, L latents, S the chosen latents, V versions
 of each answer, T tokens. Throughout, s is a scene (one run with its models: stage) and p are
-prompts placed in it (their vectors, latents and prefixes: place).
+prompts placed in it (their vectors, latents and prefixes: place). "Needs:" in a docstring: what to
+copy along with the piece.
 Where we leave the paper: controls, dev and test rows apart, prompts that hold the question, and the
-ranking by prompts in the same template; the paper contrasts tool texts with plain text (printed
-beside it). Left out on purpose: steering at more than one layer at once.
+ranking by prompts in the same template; the paper contrasts tool texts with plain text (in
+ranking.csv too). Left out on purpose: scaling latents at more than one layer at once.
 """
 
 import argparse
@@ -45,14 +48,29 @@ import torch.nn.functional as F
 
 from dfc import (CONTRASTS, NAMES, Parser, Problem, blocks, cli, gather, number, rank_latents,
                  read_rows, residuals, software, split_of, write)
-from eval_toolcall import (MAX_NEW, add_metrics, answer, edit_with, generate, load_both, newest,
-                           open_run, open_runs, opened, pair_vectors, paired, patch, prefill,
-                           print_versions, prompt_of, read_json, read_split, score, summary,
+from eval_toolcall import (MAX_NEW, add_metrics, answer, edit_with, generate, load_both, open_run,
+                           open_runs, opened, pair_vectors, paired, patch, prefill,
+                           print_versions, prompt_of, read_json, read_split, room, score, summary,
                            write_rows)
 
 # ---------------------------------------------------------------------------------------------
 # 1. Which latents? Ranking and exclusivity
 # ---------------------------------------------------------------------------------------------
+
+ALPHAS = (0., 1., 2., 4., 6., 16., 32., 64.)
+
+LIMITS = {"auroc": .9, "nu_error": .2, "nu_recon": .5}  # of a tool latent that only A has
+
+
+def part_of(cc, latents):
+    """The partition that holds all of these latents; "shared" where they are of several."""
+    return next((name for name, part in cc.partitions().items()
+                 if all(part.start <= i < part.stop for i in latents)), "shared")
+
+
+def home_of(cc, latents):
+    """The model whose latents these are: 0 = A, also for shared ones; 1 = B. Needs: part_of."""
+    return int(part_of(cc, latents) == "b_excl")
 
 
 def raw_decoder(cc):
@@ -61,15 +79,15 @@ def raw_decoder(cc):
 
 
 def exclusivity(cc, x_NMD, f_NL):
-    """(nu_error, nu_recon), each (L,): is what a latent writes into A in B's activations too?
+    """[nu_error, nu_recon], each (L,): is what a latent writes into A in B's activations too?
 
     Latent Scaling (arXiv 2504.02922): beta(y) = sum_n <f d, y_n> / sum_n |f d|^2 fits the latent's
-    A direction d to y; nu = beta of B / beta of A (for a B-exclusive latent the other way round).
-    y is the reconstruction (about its mean), or the error plus what this latent put into it:
-    nothing, where it may not write. Specific to its model: nu_error < .2, nu_recon < .5.
-    A beta may be negative: then the shared latents write the opposite, and nu compares how much of
-    it each model holds (the embedded pair's tool latent: -0.7 in A, -2.6 in B, nu_recon 3.7).
-    Needs: raw_decoder."""
+    A direction d to y; nu = beta of B / beta of A (for a B-exclusive latent the other way round). y
+    is the reconstruction less the training mean, or the error plus what this latent put into it:
+    nothing, where it may not write. Specific to its model: |nu_error| < .2, |nu_recon| < .5; inf
+    where the latent never fires. A beta may be negative: then the shared latents write the
+    opposite, and nu compares how much of it each model holds (the embedded pair's tool latent: -0.7
+    in A, -2.6 in B, nu_recon 3.7). Needs: raw_decoder."""
     W_LMD, xhat_NMD, every = raw_decoder(cc), cc.decode(f_NL), torch.arange(len(cc.b_enc))
     home = ((every >= cc.n_a) & (every < cc.n_a + cc.n_b)).long()
     d_LD = W_LMD[every, home]
@@ -77,18 +95,26 @@ def exclusivity(cc, x_NMD, f_NL):
 
     def beta(y_NMD):
         return torch.stack([((y_NMD[:, m] @ d_LD.T) * f_NL).sum(0) for m in range(2)], 1)
-    betas = beta(x_NMD - xhat_NMD) + put_LM, beta(xhat_NMD - cc.mean)
+    betas = beta(x_NMD - xhat_NMD) + put_LM, beta(xhat_NMD - cc.mean)  # |f d|^2 cancels in nu
     return [(b[every, 1 - home] / b[every, home]).nan_to_num(float("inf")) for b in betas]
 
 
-def mirrors(cc, part):
-    """(L,) largest cosine of a latent's A direction with a B direction in `part`, itself left out
-    (0 if there is none): a twin there would mean that B has the same feature after all.
+def mirrors(cc):
+    """(mirror_excl, mirror_shared), each (L,): the largest cosine of a latent's own direction with
+    one that the other model's exclusive, or another shared, latent writes into the other model; 0
+    if there is none. A twin there would mean that the other model has the same feature after all.
     Needs: raw_decoder."""
-    W_LMD = F.normalize(raw_decoder(cc), dim=-1)
-    cosine = W_LMD[:, 0] @ W_LMD[part, 1].T
-    cosine[range(part.start, part.stop), range(cosine.shape[1])] = -1
-    return cosine.max(1).values if cosine.shape[1] else torch.zeros(len(W_LMD))
+    W_LMD, parts = F.normalize(raw_decoder(cc), dim=-1), cc.partitions()
+    out = W_LMD.new_zeros(2, len(W_LMD))
+    homes = torch.zeros(len(W_LMD), dtype=torch.bool)
+    homes[parts["b_excl"]] = True
+    for own, there, twins in ((~homes, 1, parts["b_excl"]), (homes, 0, parts["a_excl"])):
+        for row, part in zip(out, (twins, parts["shared"])):
+            cosine = W_LMD[own, 1 - there] @ W_LMD[part, there].T
+            cosine[own.nonzero() == torch.arange(part.start, part.stop)] = -1  # not itself
+            if cosine.numel():
+                row[own] = cosine.max(1).values
+    return out
 
 
 def ranking(cc, sets):
@@ -99,20 +125,23 @@ def ranking(cc, sets):
         x = {name: sets[name].float().to(device) for name in ("needs", "none", "tool", "plain")}
         f = {name: cc.encode(v) for name, v in x.items()}
         nu = exclusivity(cc, *(torch.cat(list(sides.values())) for sides in (x, f)))
-        twins = [mirrors(cc, cc.partitions()[part]) for part in ("b_excl", "shared")]
-    rows, names = [], ("nu_error", "nu_recon", "mirror_b", "mirror_shared")
+        columns = dict(zip(("nu_error", "nu_recon", "mirror_excl", "mirror_shared"),
+                           [*nu, *mirrors(cc)]))
+    rows = []
     for contrast, (p, q) in CONTRASTS.items():
         for row in rank_latents(f[p], f[q]) if min(len(f[p]), len(f[q])) > 1 else ():
             i = row["feature_idx"]
             rows.append(row | {"contrast": contrast, "partition": part_of(cc, [i])}
-                        | {name: v[i].item() for name, v in zip(names, [*nu, *twins])})
+                        | {name: v[i].item() for name, v in columns.items()})
     return rows
 
 
 def specific(row):
-    """Does a row of the ranking pass every criterion of a tool latent that only A has?"""
+    """Does a row of the ranking pass every criterion of a tool latent that only A has?
+    Needs: LIMITS."""
     return (row["contrast"] == "needs/none" and row["partition"] == "a_excl"
-            and row["auroc"] >= .9 and abs(row["nu_error"]) < .2 and abs(row["nu_recon"]) < .5)
+            and row["auroc"] >= LIMITS["auroc"]
+            and all(abs(row[nu]) < LIMITS[nu] for nu in ("nu_error", "nu_recon")))
 
 
 def write_ranking(folder, rows):
@@ -125,7 +154,7 @@ def write_ranking(folder, rows):
     write(folder / "ranking.csv", lambda f: f.write_text(text.getvalue()))
 
 
-def best(rows, part):
+def best_latent(rows, part):
     """The first latent of a partition by Cohen's d, needs against none; None if there is none."""
     return next((r["feature_idx"] for r in rows if r["partition"] == part
                  and r["contrast"] == "needs/none"), None)
@@ -201,37 +230,46 @@ def same_length(delta_ND, units_VD):
 
 def stage(args):
     """A list of scenes, one per run: cc, settings, folder, layer, models, tokenizer, sets (dev
-    activations), ranked (rows of the ranking). Raises Problem."""
+    activations), ranked (rows of the ranking), positions, max_new and limit (tokens of an answer
+    and of a prompt), device. Raises Problem."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = args.runs + [args.crosscoder] * bool(args.crosscoder) or [newest()]
-    runs = open_runs(names, args.preset, device)
+    runs = open_runs(args.runs, device, args.crosscoder, args.preset)
     if not args.grid and len({s["layer"] for _, s, _ in runs}) > 1:
         raise Problem("these runs are of different layers: --grid compares them, else give one")
+    if args.grid and (args.latents or args.clamp is not None):
+        raise Problem("--grid takes latents by rank and scales them: no --latents, no --clamp")
     for cc, _, folder in runs:
-        if max(args.latents or [0]) >= len(cc.b_enc):
-            raise Problem(f"latent {max(args.latents)} is outside {folder}'s dictionary of "
-                          f"{len(cc.b_enc)}")
+        check_latents(cc, args.latents or [], folder)
     models, tokenizer = load_both(runs, device)
     scenes = []
     for cc, settings, folder in runs:
         sets = dev_sets(settings, folder, device)
         max_new = args.max_new or MAX_NEW[settings["preset"]]
-        limit = models["A"].config.get_text_config().max_position_embeddings - max_new
         scenes.append(SimpleNamespace(
             cc=cc, settings=settings, folder=folder, models=models, layer=settings["layer"],
             tokenizer=tokenizer, sets=sets, ranked=ranking(cc, sets), positions=args.positions,
-            max_new=max_new, limit=limit, device=device))
+            max_new=max_new, limit=room(models, max_new), device=device))
     return scenes
+
+
+def check_latents(cc, latents, folder):
+    """Raises Problem for latents that are not there, or that have no model in common."""
+    if max(latents, default=0) >= len(cc.b_enc):
+        raise Problem(f"latent {max(latents)} is outside {folder}'s dictionary of {len(cc.b_enc)}")
+    if len({home_of(cc, [i]) for i in latents}) > 1:
+        raise Problem(f"B-exclusive latents of {folder} and others steer different models: name "
+                      f"them apart")
 
 
 def dev_sets(settings, folder, device):
     """{"needs", "none", "tool", "plain": x_NMD} of the dev rows, as the run itself was measured."""
     args = SimpleNamespace(**{"seed": 0, "positions": "last"} | settings | {"out": folder})
-    return gather(args, device, train=False)[0]
+    return gather(args, device, with_train=False)[0]
 
 
 def rows_of(s, split, most, needs=False):
-    """[(row, record, prompt)] of a split, `most` of each kind; needs: those that need a tool."""
+    """[(row, record, prompt)] of a split, `most` of each kind; needs: those that need a tool.
+    Raises Problem if none does."""
     kept = read_split(s.settings, s.tokenizer, limit=s.limit, split=split)
     kept = some_of_each([k for k in kept if k[1]["calls"] or not needs], most)
     if not any(record["calls"] for _, record, _ in kept):
@@ -250,12 +288,12 @@ def some_of_each(kept, most):
 
 
 def place(s, kept):
-    """Prompts ready to steer: rows, records, prompts, x_NMD, f_NL, and both models' prefixes."""
+    """Prompts ready to steer: records, prompts, f (N, L), batches (both models' prefixes)."""
     _, records, prompts = zip(*kept)
     x = pair_vectors(s.models, s.tokenizer, prompts, [s.layer])[s.layer].to(s.device)
     with torch.no_grad():
         f = s.cc.encode(x)
-    return SimpleNamespace(kept=kept, records=records, prompts=prompts, x=x, f=f, batches={
+    return SimpleNamespace(records=records, prompts=prompts, f=f, batches={
         m: prefill(s.models[m], s.tokenizer, prompts) for m in s.models})
 
 
@@ -264,8 +302,8 @@ def outputs_of(s, p, m, deltas=None):
     batches = p.batches[m]
     if s.positions == "all":  # every token changes, so nothing can be shared
         batches = prefill(s.models[m], s.tokenizer, p.prompts, share=False)
-    texts = generate(s.models[m], s.tokenizer, batches, s.max_new, s.layer, deltas, True,
-                     s.positions)
+    texts = generate(s.models[m], s.tokenizer, batches, s.max_new, s.layer, deltas, add=True,
+                     positions=s.positions)
     return [[opened(q) + t for q, t in zip(p.prompts, row)] for row in texts]
 
 
@@ -280,13 +318,21 @@ def outputs_in(s, p, m, context):
     return out
 
 
-def values_of(p, latents, clamp):
-    """f_NS. Raises Problem if all are 0 and meant to be scaled."""
-    f_NS = p.f[:, latents]
-    if clamp is None and not f_NS.any():
+def check_fires(p, latents, clamp):
+    """Raises Problem for latents that never fire on these prompts and are meant to be scaled."""
+    if clamp is None and not p.f[:, latents].any():
         raise Problem(f"latents {latents} never fire here: scaling does nothing, --clamp gives "
                       f"them a value")
-    return f_NS
+
+
+def own_deltas(s, p, latents, alphas, clamp):
+    """{version: delta_ND} for the latents' own model: scaled by each alpha or, where clamp is not
+    None, set to it."""
+    home = home_of(s.cc, latents)
+    if clamp is not None:
+        return {f"clamp {clamp:g}": (clamp - p.f[:, latents]) @ raw_decoder(s.cc)[latents, home]}
+    f_ND = written(s.cc, p.f, latents, home)
+    return {f"alpha = {a:g}": (a - 1) * f_ND for a in alphas}
 
 
 def exacts(texts, p):
@@ -298,56 +344,51 @@ def exacts(texts, p):
 # 4. One latent (or a set of them): effects, controls, verdict
 # ---------------------------------------------------------------------------------------------
 
-ALPHAS = (0., 1., 2., 4., 6., 16., 32., 64.)
-
-
-def part_of(cc, latents):
-    """The partition that holds all of these latents; "shared" where they are of several."""
-    return next((name for name, part in cc.partitions().items()
-                 if all(part.start <= i < part.stop for i in latents)), "shared")
-
-
-def home_of(cc, latents):
-    """The model whose latents these are: 0 = A, also for shared ones; 1 = B."""
-    return int(part_of(cc, latents) == "b_excl")
-
-
-def directions(s, latents, m, n=10):
-    """({name: units_VD}, the latents drawn) that a claim's direction has to beat when model m is
-    changed: n random directions, n other live latents of the same partition, and the two
-    differences of means."""
+def directions(s, latents, n=10):
+    """({name: units}, the latents drawn) that a claim's direction has to beat: n random directions
+    and n other live latents of the same partition, (n, D); the differences of means, A - B (1, D)
+    and needs - none (M, D), one for each model to be changed."""
     W_LD, x = raw_decoder(s.cc)[:, home_of(s.cc, latents)], s.sets
     part = s.cc.partitions()[part_of(s.cc, latents)]
     with torch.no_grad():
-        rate = sum(s.cc.encode(v.float().to(s.device)).gt(0).float().sum(0) for v in x.values())
-    live = [i for i in range(part.start, part.stop) if rate[i] > 0 and i not in latents
+        fired = sum(s.cc.encode(v.float().to(s.device)).gt(0).float().sum(0) for v in x.values())
+    live = [i for i in range(part.start, part.stop) if fired[i] > 0 and i not in latents
             and W_LD[i].norm() > 0]
     some = np.random.default_rng(0).permutation(live)[:n].tolist()
     mean = {name: v.float().mean(0).to(s.device) for name, v in x.items()}
     return {"random": random_units(n, W_LD[0]),
             "latents": F.normalize(W_LD[some], dim=1),
             "A - B": F.normalize(mean["needs"][:1] - mean["needs"][1:]),
-            "needs - none": F.normalize((mean["needs"] - mean["none"])[m:m + 1])}, some
+            "needs - none": F.normalize(mean["needs"] - mean["none"])}, some
 
 
-def claims_of(s, p, latents, alpha, c):
-    """[(title, model changed, delta_ND, what is hoped for: -1 calls stop, +1 calls begin)].
-
-    c: {name: (|S|,)}, strengths at which the latents are put into the other model."""
-    home, names, W = home_of(s.cc, latents), "AB", raw_decoder(s.cc)[latents]
-    own, other, down = names[home], names[1 - home], 2 * home - 1
-    f_ND, n = written(s.cc, p.f, latents, home), len(p.prompts)
-    claims = [(f"{own} without it", own, -f_ND, down)]
-    if alpha is not None:
-        claims.append((f"{own}, alpha = {alpha:g}", own, (alpha - 1) * f_ND, -down))
-    return claims + [(f"{other} + its {name}", other, (v @ W[:, home]).expand(n, -1), -down)
-                     for name, v in c.items()]
+def hope(home):
+    """What exact calls should do when latents of this model are taken away: -1 fall (A's), +1 rise
+    (B's, which hold what B lacks); the opposite when they are strengthened or put elsewhere."""
+    return 2 * home - 1
 
 
-def judge(delta, controls, hoped):
+def claims_of(s, p, latents, up, c):
+    """[(title, model changed, delta_ND, sign, hoped)]: sign -1 where latents are taken away, and so
+    are its controls; hoped +1 or -1, should exact calls rise or fall.
+
+    up: {version: delta_ND} of own_deltas(), the latents strengthened; c: {name: (|S|,)}, values at
+    which they are put into the other model."""
+    home, W_SD = home_of(s.cc, latents), raw_decoder(s.cc)[latents, home_of(s.cc, latents)]
+    own, other, hoped = "AB"[home], "AB"[1 - home], hope(home)
+    claims = [(f"{own} without it", own, -written(s.cc, p.f, latents, home), -1, hoped)]
+    claims += [(f"{own}, {version}", own, delta, 1, -hoped) for version, delta in up.items()]
+    return claims + [(f"{other} + its {name}", other, (v @ W_SD).expand(len(p.prompts), -1), 1,
+                      -hoped) for name, v in c.items()]
+
+
+def judge(effect, controls, hoped, least_rows=20):
     """"no", "beyond random" (random directions and other latents) or "beyond every control": the
-    effect's whole interval lies beyond 0 and beyond each of them, in the direction hoped for."""
-    least = min(hoped * delta["lo"], hoped * delta["hi"])
+    effect's whole interval lies beyond 0 and beyond each of them, in the direction hoped for. Not
+    corrected for the number of claims; of fewer than 20 rows an interval says nothing."""
+    if effect["n"] < least_rows:
+        return "too few rows"
+    least = min(hoped * effect["lo"], hoped * effect["hi"])
     beyond = {name: all(least > hoped * c for c in values) for name, values in controls.items()}
     if least <= 0 or not all(beyond.get(name, True) for name in ("random", "latents")):
         return "no"
@@ -357,38 +398,44 @@ def judge(delta, controls, hoped):
 
 def against_controls(s, p, claims, latents, clean):
     """A row per claim: its effect on exact (paired interval), each control's, the verdict."""
-    rows = []
-    for title, m, delta_ND, hoped in claims:
-        dirs, drawn = directions(s, latents, "AB".index(m))
-        signs = {"random": 1, "latents": -1 if "without" in title else 1,
-                 "A - B": hoped, "needs - none": hoped}
-        stacked = torch.cat([signs[name] * same_length(delta_ND, u) for name, u in dirs.items()])
+    rows, (every, drawn) = [], directions(s, latents)
+    for title, m, delta_ND, sign, hoped in claims:
+        units = every | {"needs - none": every["needs - none"]["AB".index(m)][None]}
+        signs = {"random": 1, "latents": sign, "A - B": hoped, "needs - none": hoped}
+        stacked = torch.cat([signs[name] * same_length(delta_ND, u) for name, u in units.items()])
         texts = outputs_of(s, p, m, torch.cat([delta_ND[None], stacked]))
-        change = [paired(exacts(t, p), exacts(clean[m], p)) for t in texts]
-        values = [c["pp"] for c in change[1:]]
-        controls = {name: [values.pop(0) for _ in u] for name, u in dirs.items()}
-        rows.append({"claim": title, "effect": change[0], "controls": controls, "drawn": drawn,
-                     "verdict": judge(change[0], controls, hoped)})
+        effect, *others = [paired(exacts(t, p), exacts(clean[m], p)) for t in texts]
+        controls = {name: [others.pop(0)["pp"] for _ in u] for name, u in units.items()}
+        rows.append({"claim": title, "effect": effect, "controls": controls, "drawn": drawn,
+                     "verdict": judge(effect, controls, hoped)})
     return rows
 
 
 def everywhere(s, p, latents, clean):
     """The two claims of necessity at every token of prompt and answer, against random directions:
-    what the latents write is taken away at this layer; their direction is gone from every layer.
-    For exclusive latents, which can be read off one model alone."""
+    what the latents write is taken away at this layer (in its length, along each control); their
+    directions are gone from every layer (as many random ones, whatever their length there). For
+    exclusive latents, which can be read off one model alone."""
     home = home_of(s.cc, latents)
-    m, hoped, W = "AB"[home], 2 * home - 1, raw_decoder(s.cc)[latents, home]
+    m, W_SD = "AB"[home], raw_decoder(s.cc)[latents, home]
     model, rows = s.models[m], []
-    edits = {f"{m} without it, every token": lambda u: patch(
-                 model, s.layer, taken_away(s.cc, latents, home, u), "all"),
-             f"{m}, projected out of every layer": lambda u: projected_out(
-                 model, W if u is None else u[None])}
+
+    def gone_here(u_SD):
+        along = None if u_SD is None else u_SD[0]
+        return patch(model, s.layer, taken_away(s.cc, latents, home, along), "all")
+
+    def gone_everywhere(u_SD):
+        return projected_out(model, W_SD if u_SD is None else u_SD)
+    edits = {f"{m} without it, every token": gone_here,
+             f"{m}, projected out of every layer": gone_everywhere}
+    random_VSD = random_units(10 * len(W_SD), W_SD[0]).view(-1, *W_SD.shape)
     for title, context in edits.items():
-        change = [paired(exacts(outputs_in(s, p, m, lambda: context(u)), p), exacts(clean[m], p))
-                  for u in (None, *random_units(10, W[0]))]
-        controls = {"random": [c["pp"] for c in change[1:]]}
-        rows.append({"claim": title, "effect": change[0], "controls": controls,
-                     "verdict": judge(change[0], controls, hoped)})
+        effect, *others = [
+            paired(exacts(outputs_in(s, p, m, lambda: context(u)), p), exacts(clean[m], p))
+            for u in (None, *random_VSD)]
+        controls = {"random": [c["pp"] for c in others]}
+        rows.append({"claim": title, "effect": effect, "controls": controls,
+                     "verdict": judge(effect, controls, hope(home))})
     return rows
 
 
@@ -428,7 +475,8 @@ def on_plain_text(s, latents, n):
 def null_run(s):
     """(folder, hits) of a run beside this one whose models are the same twice: how many of its
     A-exclusive latents pass for tool latents of A alone? (None, the command) if there is none."""
-    sizes = {"layer": s.layer, "dict_size": len(s.cc.b_enc), "k": s.cc.k, "n_a": s.cc.n_a}
+    sizes = {"layer": s.layer, "dict_size": len(s.cc.b_enc), "k": s.cc.k, "n_a": s.cc.n_a,
+             "n_b": s.cc.n_b}
     for folder in sorted(f.parent for f in s.folder.parent.glob("*/metrics.json")):
         with contextlib.suppress(Problem):  # a damaged run beside this one
             run, config = (read_json(folder / name) for name in ("run.json", "config.json"))
@@ -437,27 +485,33 @@ def null_run(s):
                 cc, settings, _ = open_run(folder, None, s.device)
                 rows = ranking(cc, dev_sets(settings, folder, s.device))
                 return str(folder), sum(map(specific, rows))
+    return None, f"make one with {null_command(s)}"
+
+
+def null_command(s):
+    """The command that trains this run's null: A in both places, the same sizes."""
     name = s.settings["model_a"]
     name = os.path.relpath(name) if Path(name).exists() else name
-    shares = (f"{(n + .5) / len(s.cc.b_enc):.4f}" if n else 0 for n in (s.cc.n_a, s.cc.n_b))
-    flags = "--dict {} --k {} --layer {} --excl {} --excl-b {}".format(
-        len(s.cc.b_enc), s.cc.k, s.layer, *shares)
-    return None, (f"make one with python dfc.py --model-b {name} {flags} --out "
-                  f"{s.folder.parent}/null")
+    # + .5: int(share * L) gives n again
+    shares = (f"{(n + .5) / len(s.cc.b_enc):.6f}" if n else 0 for n in (s.cc.n_a, s.cc.n_b))
+    flags = "--preset {} --model-a {} --model-b {} --dict {} --k {} --layer {}".format(
+        s.settings["preset"], name, name, len(s.cc.b_enc), s.cc.k, s.layer)
+    return "python dfc.py {} --excl {} --excl-b {} --out {}/null".format(
+        flags, *shares, s.folder.parent)
 
 
 def strengths(s, latents, alphas, top_S, n):
     """(alpha above 1, multiple of the latents' maxima) with most exact calls on dev rows (fewest,
     for what B lacks): scaled up at home, and put into the other model. None: no alpha above 1."""
-    up, times = [a for a in alphas if a > 1], (1, 2, 4, 8)
+    up, times, home = [a for a in alphas if a > 1], (1, 2, 4, 8), home_of(s.cc, latents)
     p = place(s, rows_of(s, "dev", n, needs=True))
-    home, out = home_of(s.cc, latents), []
     f_ND, W_SD = written(s.cc, p.f, latents, home), raw_decoder(s.cc)[latents, home]
+    out = []
     for m, values, deltas in (
             ("AB"[home], up, [(a - 1) * f_ND for a in up]),
             ("AB"[1 - home], times, [(t * top_S @ W_SD).expand_as(f_ND) for t in times])):
         texts = outputs_of(s, p, m, torch.stack(deltas)) if values else []
-        hits = [sum(exacts(t, p)) * (1 - 2 * home) for t in texts]
+        hits = [-hope(home) * sum(exacts(t, p)) for t in texts]
         out.append(values[int(np.argmax(hits))] if hits else None)
     return out
 
@@ -465,18 +519,19 @@ def strengths(s, latents, alphas, top_S, n):
 def one_latent(s, args):
     """The table of a latent (or a set): effects, claims beside controls, one text, the verdict. Of
     a run with B-exclusive latents also the best of those."""
-    results, twin = [effects(s, args, args.latents or [chosen(s)])], best(s.ranked, "b_excl")
-    if not args.latents and s.cc.n_a and twin is not None:
+    results = [effects(s, args, args.latents or [chosen(s)])]
+    best_b = best_latent(s.ranked, "b_excl")
+    if not args.latents and s.cc.n_a and best_b is not None:
         try:
-            results.append(effects(s, args, [twin]))
+            results.append(effects(s, args, [best_b]))
         except Problem as e:  # it fires on dev rows, but not on these
             print(f"\nB-exclusive: {e}")
-    null = null_run(s)
-    print(f"\nA-exclusive latents that pass as tool latents of A alone (AUROC >= .9, "
-          f"nu_error < .2, nu_recon < .5): {sum(map(specific, s.ranked))} of {s.cc.n_a}")
-    print(f"null, {null[0]}: {null[1]} pass" if null[0] else f"null: no such run here; {null[1]}")
-    add_metrics(s.folder, "steering", {"results": results, "null": null, "versions": software(),
-                                       "specific": sum(map(specific, s.ranked))})
+    pass_here, (null, found) = sum(map(specific, s.ranked)), null_run(s)
+    print("\ntool latents of A alone, A-exclusive with AUROC >= {auroc}, |nu_error| < {nu_error}, "
+          "|nu_recon| < {nu_recon}:".format(**LIMITS), pass_here, "of", s.cc.n_a)
+    print(f"null, {null}: {found} pass" if null else f"null: no such run here; {found}")
+    add_metrics(s.folder, "steering", {"results": results, "null": (null, found),
+                                       "versions": software(), "specific": pass_here})
     for r in results:
         print(f"verdict   latent {' '.join(map(str, r['latents']))}: " + "; ".join(
             f"{c['claim']}: {c['verdict']}" for c in r["claims"]))
@@ -487,7 +542,7 @@ def effects(s, args, latents):
     began, home = time.time(), home_of(s.cc, latents)
     kept = rows_of(s, "test", args.rows)
     p, m, other = place(s, kept), "AB"[home], "AB"[1 - home]
-    values_of(p, latents, args.clamp)
+    check_fires(p, latents, args.clamp)
     f_dev = s.cc.encode(s.sets["needs"].float().to(s.device))[:, latents].detach()
     c = {"mean": f_dev.mean(0), "maximum": f_dev.max(0).values}
     alpha, times = strengths(s, latents, args.alpha, c["maximum"], min(30, args.rows))
@@ -497,17 +552,19 @@ def effects(s, args, latents):
     scores, result = summary(outputs, p.records)
     print(f"\n{s.folder}, layer {s.layer}, {NAMES[part_of(s.cc, latents)]} latent"
           f"{'s' * (len(latents) > 1)} {' '.join(map(str, latents))}, positions {s.positions}")
-    print_versions(result, {}, True)
+    print_versions(result, {})
     needs = place(s, [k for k in kept if k[1]["calls"]])
     clean = {name: [t for t, r in zip(o["clean"], p.records) if r["calls"]]
              for name, o in outputs.items()}
-    rows = against_controls(s, needs, claims_of(s, needs, latents, alpha, c), latents, clean)
-    alone = part_of(s.cc, latents) != "shared"
-    rows += everywhere(s, needs, latents, clean) if alone else []
+    up = own_deltas(s, needs, latents, [alpha] if alpha else [], args.clamp)
+    rows = against_controls(s, needs, claims_of(s, needs, latents, up, c), latents, clean)
+    exclusive, text = part_of(s.cc, latents) != "shared", None
+    if exclusive:
+        rows += everywhere(s, needs, latents, clean)
+        text = on_plain_text(s, latents, args.rows)
     print_claims(rows)
-    text = on_plain_text(s, latents, args.rows) if alone else None
     about = [r for r in s.ranked if r["feature_idx"] in latents and r["contrast"] == "needs/none"]
-    print_about(about, text)
+    print_about(about, text, other)
     print_example(p, outputs, m, other)
     write_rows(s.folder / f"steer-{'-'.join(map(str, latents))}.jsonl", kept, outputs, scores)
     return {"latents": latents, "rows": args.rows, "positions": s.positions, "alpha": alpha,
@@ -516,12 +573,9 @@ def effects(s, args, latents):
 
 
 def answers(s, p, args, latents, c):
-    """{model: {version: texts}}: clean, scaled at home, put into the other model."""
-    home, W_SD = home_of(s.cc, latents), raw_decoder(s.cc)[latents, home_of(s.cc, latents)]
-    f_ND, n = written(s.cc, p.f, latents, home), len(p.prompts)
-    own = {f"alpha = {a:g}": (a - 1) * f_ND for a in args.alpha}
-    if args.clamp is not None:
-        own |= {f"clamp {args.clamp:g}": (args.clamp - p.f[:, latents]) @ W_SD}
+    """{model: {version: texts}}: clean, changed at home, put into the other model."""
+    home, n = home_of(s.cc, latents), len(p.prompts)
+    W_SD, own = raw_decoder(s.cc)[latents, home], own_deltas(s, p, latents, args.alpha, args.clamp)
     into = {f"+ its {name}": (v @ W_SD).expand(n, -1) for name, v in c.items()}
     x = s.sets["needs"].float().mean(0).to(s.device)
     into["+ mean difference"] = (x[home] - x[1 - home]).expand(n, -1)
@@ -535,7 +589,7 @@ def answers(s, p, args, latents, c):
 def chosen(s):
     """The best A-exclusive latent on dev rows; a plain crosscoder's best latent of all."""
     part = "a_excl" if s.cc.n_a else "b_excl" if s.cc.n_b else "shared"
-    latent = best(s.ranked, part)
+    latent = best_latent(s.ranked, part)
     if latent is None:
         raise Problem(f"no {NAMES[part]} latent of {s.folder} fires more where a tool is needed: "
                       f"name others with --latents, or train another crosscoder")
@@ -550,21 +604,20 @@ def print_claims(rows):
         e, spans = r["effect"], []
         for name in ("random", "latents", "A - B", "needs - none"):
             values = r["controls"].get(name, [])
-            low, high = (min(values), max(values)) if values else (None, None)
-            spans.append("-" if not values else f"{low:.0f}..{high:.0f}" if len(values) > 1
-                         else f"{low:.0f}")
+            spans.append("..".join(f"{v:.0f}" for v in sorted({min(values), max(values)}))
+                         if values else "-")
         effect = f"{e['pp']:+.1f} [{e['lo']:+.1f}, {e['hi']:+.1f}]"
         print(f"{r['claim']:33s}{effect:>21s}{spans[0]:>9s}{spans[1]:>10s}{spans[2]:>7s}"
               f"{spans[3]:>12s}  {r['verdict']}")
 
 
-def print_about(about, text):
-    """Exclusivity and plain text."""
+def print_about(about, text, other):
+    """Exclusivity (of latents that fire more where a tool is needed) and plain text."""
     print()
     for r in about:
         print(f"latent {r['feature_idx']}: d {r['cohens_d']:.2f}, AUROC {r['auroc']:.3f}, nu_error "
-              f"{r['nu_error']:.2f}, nu_recon {r['nu_recon']:.2f}, mirror in B-exclusive "
-              f"{r['mirror_b']:.2f}, in shared {r['mirror_shared']:.2f} (dev, needs/none)")
+              f"{r['nu_error']:.2f}, nu_recon {r['nu_recon']:.2f}, mirror in {other}-exclusive "
+              f"{r['mirror_excl']:.2f}, in shared {r['mirror_shared']:.2f} (dev, needs/none)")
     if text:
         print(f"plain text, taken away at every token: cross-entropy {text['nats']:+.3f} nats "
               f"[{text['lo']:+.3f}, {text['hi']:+.3f}] (clean {text['clean']:.2f}, "
@@ -588,20 +641,21 @@ def print_example(p, outputs, m, other):
 
 
 def own_prompt(s, text):
-    """A one-row scene: the text as the user's words, in the form of the test row whose system text
-    shares most words with it: a call can only be right if its tool is listed."""
+    """One prompt placed in the scene: the text as the user's words, in the form of the test row
+    whose system text has most words in common with it: a call can only be right if its tool is
+    listed."""
     words = set(text.lower().split())
 
-    def shared(record):
+    def common_words(record):
         listed = [t["content"] or "" for t in record["messages"] if t["role"] == "system"]
         return len(words & set(" ".join(listed).lower().split()))
     kept = read_split(s.settings, s.tokenizer, limit=s.limit)
-    record = max((record for _, record, _ in kept), key=shared)
-    *system, user = [t for t in record["messages"] if t["role"] in ("system", "user")]
-    old = user["content"]  # ToolRL wraps what is said: <user> ... </user>
-    said = f"<user> {text} </user>" if old.strip().startswith("<user>") else text
-    turns = [t for t in system if t["role"] == "system"] + [user | {"content": said}]
-    record = record | {"messages": turns, "calls": [], "gold": None}
+    record = max((record for _, record, _ in kept), key=common_words)
+    system = [t for t in record["messages"] if t["role"] == "system"]
+    user = [t for t in record["messages"] if t["role"] == "user"][-1]
+    wrapped = user["content"].strip().startswith("<user>")  # as ToolRL does
+    said = f"<user> {text} </user>" if wrapped else text
+    record |= {"messages": system + [user | {"content": said}], "calls": [], "gold": None}
     print(f"tools: {', '.join(record['tools'])}")
     return place(s, [({}, record, prompt_of(record, s.tokenizer, limit=s.limit)[0])])
 
@@ -609,14 +663,10 @@ def own_prompt(s, text):
 def steer_prompt(s, args):
     """Clean and steered answers to one prompt."""
     p, latents = own_prompt(s, args.prompt), args.latents or [chosen(s)]
-    home, W_SD = home_of(s.cc, latents), raw_decoder(s.cc)[latents, home_of(s.cc, latents)]
-    f_NS = values_of(p, latents, args.clamp)
-    print(f"latents {latents}: {', '.join(f'{v:.2f}' for v in f_NS[0].tolist())} at its last token")
-    if args.clamp is not None:
-        deltas = {f"clamp {args.clamp:g}": (args.clamp - f_NS) @ W_SD}
-    else:
-        deltas = {f"alpha {a:g}": (a - 1) * f_NS @ W_SD for a in args.alpha}
-    m = "AB"[home]
+    check_fires(p, latents, args.clamp)
+    values = ", ".join(f"{v:.2f}" for v in p.f[0, latents].tolist())
+    print(f"latents {latents}: {values} at its last token")
+    deltas, m = own_deltas(s, p, latents, args.alpha, args.clamp), "AB"[home_of(s.cc, latents)]
     texts = outputs_of(s, p, m, torch.stack(list(deltas.values())))
     for name, text in [("clean", outputs_of(s, p, m)[0]), *zip(deltas, texts)]:
         print(f"\n--- {m}, {name}\n{text[0]}")
@@ -631,11 +681,11 @@ def monitor(s, args):
     text = p.prompts[0] + outputs_of(s, p, "A")[0][0].removeprefix(opened(p.prompts[0]))
     ids = torch.tensor([s.tokenizer(text, add_special_tokens=False)["input_ids"]], device=s.device)
     x_TMD = torch.stack([residuals(m, ids, [s.layer])[s.layer][0] for m in s.models.values()], 1)
+    end = len(s.tokenizer(p.prompts[0], add_special_tokens=False)["input_ids"]) - 1
     pre_TL, f_TL = s.cc.preactivations(s.cc.normalise(x_TMD)), s.cc.encode(x_TMD)
     for latent in latents:
         top = pre_TL[:, latent].max().item() or 1.
         print(f"\nlatent {latent}   (| ends the prompt, * survives the top {s.cc.k})")
-        end = len(s.tokenizer(p.prompts[0], add_special_tokens=False)["input_ids"]) - 1
         for i, token in enumerate(ids[0].tolist()):
             value = pre_TL[i, latent].item()
             print(f"{s.tokenizer.decode([token])!r:>20s} {value:7.2f} "
@@ -658,7 +708,7 @@ def parse_args(argv):
     p.add_argument("--alpha", nargs="+", type=finite, default=ALPHAS, help="strengths; 1 = clean")
     p.add_argument("--clamp", type=finite, help="set the latents to this value instead of scaling")
     p.add_argument("--positions", choices=["last", "all"], default="last", help="steered tokens")
-    p.add_argument("--rows", type=number(int, 1), default=60, help="test rows of each kind")
+    p.add_argument("--rows", type=number(int, 1), default=60, help="rows of each kind")
     p.add_argument("--max-new", type=number(int, 1), help="tokens of an answer")
     job = p.add_mutually_exclusive_group()
     job.add_argument("--prompt", type=words, help="steer this user message and print the texts")
@@ -677,14 +727,14 @@ def words(text):
 def main(argv=None):
     args = parse_args(argv)
     scenes = stage(args)
-    work = steer_prompt if args.prompt else monitor if args.monitor else one_latent
-    for s in scenes if not args.grid else ():
-        work(s, args)
-    if args.grid:
-        from extras.grid import grids
-        grids(scenes, args)
     for s in scenes:
         write_ranking(s.folder, s.ranked)
+    if args.grid:
+        from extras.grid import grids
+        return grids(scenes, args)
+    work = steer_prompt if args.prompt else monitor if args.monitor else one_latent
+    for s in scenes:
+        work(s, args)
 
 
 if __name__ == "__main__":

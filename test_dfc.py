@@ -307,7 +307,7 @@ def test_what_the_template_opened_is_not_said_twice():
     class Opening:
         chat_template = "any"
 
-        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        def apply_chat_template(self, messages, **_):
             return "assistant\n<think>"
     row = {"instruction": "", "input": "", "output": "<think> t </think>\n<response> r </response>"}
     prompt, gold, wanted = dfc.render(row, Opening())
@@ -327,22 +327,25 @@ def corpus_args(**more):
     return base | more
 
 
-def test_activations_are_kept_and_the_key_covers_texts_layer_and_weights(tmp_path, monkeypatch):
+def test_activations_are_kept_and_the_key_covers_texts_layer_and_weights(tmp_path):
     a = tmp_path / "a"
     a.mkdir()
     for file in (TINY / "toolrl").iterdir():
         (a / file.name).write_bytes(file.read_bytes())
     args = corpus_args(model_a=str(a), cache=tmp_path / "cache")
-    first, loads, load_model = dfc.collect_pair(*order(args)), [], dfc.load_model
-    monkeypatch.setattr(dfc, "load_model", lambda *x: loads.append(x) or load_model(*x))
-    assert torch.equal(dfc.collect_pair(*order(args)), first) and not loads
-    dfc.collect_pair(*order(args | {"layer": 0}))
-    dfc.collect_pair(*order(args | {"texts": ["one", "two wordz"]}))
+    first, loads = dfc.collect_pair(*order(args)), []
+
+    def counted(*name_and_device):
+        loads.append(name_and_device)
+        return dfc.load_model(*name_and_device)
+    assert torch.equal(dfc.collect_pair(*order(args), counted), first) and not loads
+    dfc.collect_pair(*order(args | {"layer": 0}), counted)
+    dfc.collect_pair(*order(args | {"texts": ["one", "two wordz"]}), counted)
     assert len(loads) == 4
     from safetensors.torch import load_file, save_file
     weights = load_file(a / "model.safetensors")
     save_file({n: w * 1.01 for n, w in weights.items()}, a / "model.safetensors", {"format": "pt"})
-    assert not torch.equal(dfc.collect_pair(*order(args)), first) and len(loads) == 6
+    assert not torch.equal(dfc.collect_pair(*order(args), counted), first) and len(loads) == 6
 
 
 def order(args):
@@ -596,6 +599,23 @@ def test_the_recipe_paper_trains(few_texts, tmp_path):
     assert m["loss_share"]["aux"] == 0 and m["counts"]["n_b"] == 6
 
 
+def test_loss_shares_of_a_few_steps_are_numbers():
+    x = torch.randn(64, 2, 8)
+    for steps in (1, 3, 12):
+        assert sum(fit_small(small(), x, steps).values()) == pytest.approx(1)
+
+
+def test_dev_texts_are_the_same_whatever_recipe_and_seed_and_few_rows_are_used_again():
+    rows = dfc.read_rows(TINY / "tools.jsonl"), dfc.read_rows(TINY / "text.jsonl")
+    _, tok = dfc.load_model(str(TINY / "base"), "cpu")
+    few = [r for r in rows[0] if r["split"] == "dev"] + rows[0][:30]
+    a, b = (dfc.corpus(few, rows[1], tok, 200, recipe, seed, n_dev=20)
+            for recipe, seed in (("dfc", 0), ("paper", 1)))
+    assert a["train"] != b["train"] and all(a[n] == b[n] for n in a if n != "train")
+    prompts = [t for t in a["train"] if t.endswith("<|im_start|>assistant\n")]
+    assert 100 <= len(prompts) < 110 and len(set(prompts)) <= 30
+
+
 def test_all_positions_and_two_separate_autoencoders_train(few_texts, tmp_path):
     flags = ["--positions", "all", "--excl", ".5", "--out", tmp_path / "all"]
     assert call(*few_texts, *flags) == 0
@@ -628,6 +648,7 @@ def write_text(path, text):
     (["--plain-texts", "BROKEN.jsonl"], "row 2 is not JSON"),
     (["--plain-texts", "LIST.jsonl"], "row 1 is not"),
     (["--tool-texts", "ODD.jsonl"], "keys"), (["--plain-texts", "nowhere.txt"], "no text file"),
+    (["--plain-texts", "NOTEXT.jsonl"], 'must hold a "text"'),
     (["--plain-texts", "nobody/nothing"], "hub"), (["--out", "FILE/run"], "FILE")])
 def test_bad_input_is_one_line_and_status_2(flags, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -637,7 +658,8 @@ def test_bad_input_is_one_line_and_status_2(flags, says, tmp_path, monkeypatch, 
     for name, text in {"EMPTY.txt": "", "ONE.txt": "just one line\n", "FILE": "",
                        "BINARY.txt": b"\xff\xfe\x00\x9c" * 50, "LIST.jsonl": "[1]\n",
                        "BROKEN.jsonl": '{"text": "a"}\n{"text": \n',
-                       "ODD.jsonl": '{"a": 1}\n' * 99}.items():
+                       "ODD.jsonl": as_lines(*({"a": i} for i in range(99))),
+                       "NOTEXT.jsonl": as_lines(*({"words": i} for i in range(99)))}.items():
         write_text(tmp_path / name, text)
     if "WIDE" in flags:
         random_model("Qwen2", layers=4).save_pretrained(tmp_path / "WIDE")
@@ -751,7 +773,7 @@ def test_where_no_call_is_wanted_plain_text_answers_only_rows_without_the_tag():
         got = ev.to_record(row)
         assert got["calls"] == [] and ev.score("Yes.", got)["exact"] == plain
         assert ev.score(RESPONSE, got)["exact"] == 1
-        for empty in ("", THINK, THINK + "<response> </response>"):
+        for empty in ("", THINK, THINK + "<response> </response>", "<think> It could be said that"):
             assert ev.score(empty, got)["exact"] == 0
 
 
@@ -981,6 +1003,9 @@ def test_batched_generation_equals_one_prompt_at_a_time(pair):
         assert ev.generate(models["A"], tok, batches, 16, 2, vectors, at_once=at_once) == slow
     added = ev.generate(models["A"], tok, batches, 16, 2, (vectors - x[:, 0]), add=True)
     assert added[1] == slow[1]
+    with pytest.raises(ValueError, match="share=False"):
+        ev.generate(models["A"], tok, ev.prefill(models["A"], tok, prompts), 16, 2, vectors,
+                    positions="all")
 
 
 def test_patching_in_a_models_own_activation_changes_no_answer(pair):
@@ -1013,6 +1038,8 @@ def test_a_patch_replaces_the_last_token_of_one_block_in_the_first_pass_only():
         for _ in range(2):
             every = dfc.residuals(model, ids, [1])[1]
             assert torch.allclose(every, clean[1] + v[:, None])
+    with ev.patch(model, 1, ev.edit_with(v), positions="all"):
+        assert torch.equal(dfc.residuals(model, ids, [1])[1], v[:, None].expand(-1, 3, -1))
     blocks = torch.nn.ModuleList([TwoOutputs()])
     with ev.patch(SimpleNamespace(model=SimpleNamespace(layers=blocks)), 0, lambda h: h * 0 + 7):
         h, rest = blocks[0](torch.zeros(1, 3, 1))
@@ -1154,6 +1181,17 @@ def test_a_prompt_that_cannot_be_made_is_said(pair):
     assert ev.prompt_of(LONG, tok, "paper")[0] == "Tools: none."
 
 
+def test_listed_tools_go_through_the_chat_template_or_are_missed(pair):
+    tok, row = copy.deepcopy(pair[1]), chat_row({"content": hermes(WEATHER)})
+    with pytest.raises(ev.RowError, match="tools are not in the prompt"):
+        ev.prompt_of(ev.to_record(row), tok)                   # this template shows none
+    tok.chat_template = "{{ tools | tojson }} {{ messages[-1].content }}"
+    for tools in (row["tools"], json.dumps(row["tools"]), [{"name": "get_weather"}]):
+        assert "get_weather" in ev.prompt_of(ev.to_record(row | {"tools": tools}), tok)[0]
+    with pytest.raises(ev.RowError, match="tools are not in the prompt"):
+        ev.prompt_of(ev.to_record(row | {"tools": ["get_weather"]}), tok)  # names are no tools
+
+
 def test_only_a_thought_that_the_template_opens_belongs_to_the_answer():
     for prompt, said in (("x\nassistant\n", ""), ("assistant\n<think>", "<think>"), ("[/INST]", ""),
                          ("assistant\n<think>\n", "<think>"), ("Think first, then call.", "")):
@@ -1268,8 +1306,23 @@ def test_a_crosscoder_alone_is_evaluated_with_a_presets_models(tmp_path, monkeyp
     for owner in ("first", "first", "second"):
         assert scorer("--crosscoder", f"{owner}/dfc-D8k", "--preset", "tiny", "--rows", 3,
                       "--max-new", 6) == 0
-        made.append(read_eval(tmp_path / "runs" / "dfc-D8k")[0])
+        made.append(read_eval(tmp_path / "runs" / f"{owner}--dfc-D8k")[0])
     assert made[0] == made[1] != made[2] and made[0]["how"]["layer"] == 2
+
+
+def test_an_evaluation_is_current_only_for_the_same_models_texts_and_crosscoder():
+    cc, settings = small(), {"model_a": "a", "model_b": "b", "tool_texts": "t", "layer": 1, "k": 0}
+    before = ev.identity((cc, settings, None))
+    assert ev.identity((copy.deepcopy(cc), settings | {"k": 5}, None)) == before
+    for name in ("model_a", "model_b", "tool_texts", "layer"):
+        assert ev.identity((cc, settings | {name: "other"}, None)) != before
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "mean", "scale"):
+        other = copy.deepcopy(cc)
+        other.state_dict()[name].add_(1)
+        assert ev.identity((other, settings, None)) != before
+    other.load_state_dict(cc.state_dict())
+    other.k -= 1
+    assert ev.identity((other, settings, None)) != before
 
 
 @pytest.fixture(scope="module")
@@ -1301,7 +1354,9 @@ def bad(finished, tmp_path_factory):
 
 
 def files(home):
-    return {f: f.read_bytes() for f in sorted(home.rglob("*")) if f.is_file()}
+    """What the files of a folder hold, but for ranking.csv, which every call of steer.py writes."""
+    return {f: f.read_bytes() for f in sorted(home.rglob("*"))
+            if f.is_file() and f.name != "ranking.csv"}
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -1315,7 +1370,8 @@ def files(home):
     (["GOLD"], "can be scored"), (["ODD"], "row 1: unknown row format"), (["TWO"], "row 2: chat"),
     (["RUNJSON"], "run.json is damaged"), (["OLD"], "layer must be int, got NoneType"),
     (["METRICS"], "metrics.json is damaged"),
-    (["RUN", "--max-new", "512"], "can be scored")])
+    (["RUN", "--max-new", "512"], "leaves no room"), (["RUN", "--max-new", "500"], "can be scored"),
+    (["RUN", "--preset", "tiny"], "--preset is for --crosscoder")])
 def test_what_cannot_be_evaluated_is_one_line_and_status_2(argv, says, bad, monkeypatch, capsys):
     monkeypatch.chdir(bad)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -1435,13 +1491,15 @@ def test_latent_scaling_tells_a_feature_of_a_alone_from_one_that_b_has_too():
 
 def test_a_mirror_is_a_twin_elsewhere_and_never_the_latent_itself():
     cc, _, _ = planted()
-    parts, cc.W_dec[2, 1] = cc.partitions(), cc.W_dec[0, 0]
-    assert steer.mirrors(cc, parts["b_excl"])[:2].tolist() == [1, 0]
-    shared = steer.mirrors(cc, parts["shared"])
+    cc.W_dec[2, 1] = cc.W_dec[0, 0]
+    excl, shared = steer.mirrors(cc)
+    assert excl.tolist() == [1, 0, 1, 0, 0, 0]                 # 0 in A and 2 in B are each other's
     assert shared[3] == 1 and shared[0] == 0                   # 3's twin is 4's B direction
     cc.W_dec[4, 1] = 0
-    assert steer.mirrors(cc, parts["shared"])[3] == 0
-    assert not steer.mirrors(cc, slice(2, 2)).any()
+    assert steer.mirrors(cc)[1][3] == 0
+    cc.W_dec[5, 0] = cc.W_dec[2, 1]
+    assert steer.mirrors(cc)[1].tolist() == [0, 0, 1, 0, 0, 0]  # a B-exclusive latent's is in A
+    assert not steer.mirrors(dfc.Crosscoder(8, 6, 6, 2, 0))[0].any()
 
 
 def test_cohens_dz_is_the_textbook_value():
@@ -1476,8 +1534,10 @@ def test_many_values_are_flipped_by_chance_close_to_the_exact_p():
 def test_a_verdict_needs_the_whole_interval_beyond_each_control(lo, hi, hoped, changes, verdict):
     names = ("random", "latents", "A - B", "needs - none")
     controls = {n: [0, change] if hoped > 0 else [change] for n, change in zip(names, changes)}
-    assert steer.judge({"lo": lo, "hi": hi}, controls, hoped) == verdict
-    assert steer.judge({"lo": 1, "hi": 2}, {"random": [0]}, 1) == "beyond random"  # no others
+    assert steer.judge({"lo": lo, "hi": hi, "n": 20}, controls, hoped) == verdict
+    assert steer.judge({"lo": lo, "hi": hi, "n": 19}, controls, hoped) == "too few rows"
+    only = {"lo": 1, "hi": 2, "n": 99}, {"random": [0]}, 1
+    assert steer.judge(*only) == "beyond random"
 
 
 def test_a_latent_that_b_has_is_taken_from_b_and_its_direction_added_to_a():
@@ -1487,20 +1547,25 @@ def test_a_latent_that_b_has_is_taken_from_b_and_its_direction_added_to_a():
     for latent, own, other, down in ((5, "B", "A", 1), (1, "A", "B", -1), (20, "A", "B", -1)):
         W = steer.raw_decoder(cc)[latent, "AB".index(own)]
         f_ND = f[:, latent, None] * W
-        (_, *without), (title, *up), (_, *into) = steer.claims_of(s, p, [latent], 3., c)
-        assert title == f"{own}, alpha = 3"
-        for got, expected in ((without, (own, -f_ND, down)), (up, (own, 2 * f_ND, -down)),
-                              (into, (other, W.expand(6, -1), -down))):
-            assert got[::2] == [*expected[::2]] and torch.allclose(got[1], expected[1])
+        for clamp, title, change in ((None, "alpha = 3", 2 * f_ND), (7., "clamp 7", 7 * W - f_ND)):
+            up = steer.own_deltas(s, p, [latent], [3.], clamp)
+            claims = steer.claims_of(s, p, [latent], up, c)
+            assert [claim[0] for claim in claims] == [
+                f"{own} without it", f"{own}, {title}", f"{other} + its mean"]
+            for (_, *got), expected in zip(claims, (
+                    (own, -f_ND, -1, down), (own, change, 1, -down),
+                    (other, W.expand(6, -1), 1, -down))):
+                assert (got[0], *got[2:]) == (expected[0], *expected[2:])
+                assert torch.allclose(got[1], expected[1], atol=1e-5)
 
 
 def test_controls_have_each_prompts_length_and_come_from_the_same_partition():
     cc, delta = scaled(32, 6, 3), torch.randn(5, 16) * torch.arange(5)[:, None]
     sets = {n: torch.randn(20, 2, 16) * 3 for n in ("needs", "none", "tool", "plain")}
     s = SimpleNamespace(cc=cc, sets=sets, device="cpu")
-    for latents, m in (([1], 0), ([1], 1), ([7], 1), ([20], 0)):
-        units, drawn = steer.directions(s, latents, m, n=4)
-        assert [len(u) for u in units.values()] == [4, len(drawn), 1, 1] and drawn
+    for latents in ([1], [7], [20]):
+        units, drawn = steer.directions(s, latents, n=4)
+        assert [len(u) for u in units.values()] == [4, len(drawn), 1, 2] and drawn
         for u in units.values():
             lengths = steer.same_length(delta, u).norm(dim=2)
             assert torch.allclose(lengths, delta.norm(dim=1).expand_as(lengths), atol=1e-4)
@@ -1508,8 +1573,26 @@ def test_controls_have_each_prompts_length_and_come_from_the_same_partition():
         assert steer.part_of(cc, drawn) == steer.part_of(cc, latents)
         W = steer.raw_decoder(cc)[drawn, steer.home_of(cc, latents)]
         assert torch.allclose(units["latents"] * W.norm(dim=1, keepdim=True), W, atol=1e-5)
-        mean = sets["needs"][:, m].mean(0) - sets["none"][:, m].mean(0)
-        assert torch.allclose(units["needs - none"][0], F.normalize(mean, dim=0), atol=1e-5)
+        mean = F.normalize(sets["needs"].mean(0) - sets["none"].mean(0))
+        assert torch.allclose(units["needs - none"], mean, atol=1e-5)
+
+
+def test_each_claim_is_steered_beside_its_controls_with_their_signs(monkeypatch):
+    units = {"random": torch.eye(4)[:2], "latents": torch.eye(4)[2:3],
+             "A - B": torch.eye(4)[3:], "needs - none": -torch.eye(4)[:2]}
+    monkeypatch.setattr(steer, "directions", lambda *_: (units, [5]))
+    monkeypatch.setattr(steer, "outputs_of", lambda s, p, m, deltas: list(deltas))
+    monkeypatch.setattr(steer, "exacts", lambda delta, p: (delta.sum(1) > 0).tolist())
+    monkeypatch.setattr(steer, "same_length", lambda delta, u: u[:, None].expand(-1, 30, -1))
+    clean = dict.fromkeys("AB", -torch.ones(30, 4))
+    for m, sign, hoped, expected in (
+            ("A", -1, -1, {"random": [100, 100], "latents": [0], "A - B": [0],
+                           "needs - none": [100]}),
+            ("B", 1, 1, {"random": [100, 100], "latents": [100], "A - B": [100],
+                         "needs - none": [0]})):
+        row, = steer.against_controls(None, None, [("t", m, torch.ones(30, 4), sign, hoped)], [1],
+                                      clean)
+        assert row["controls"] == expected and row["effect"]["pp"] == 100 and row["drawn"] == [5]
 
 
 def program(*argv):
@@ -1622,8 +1705,8 @@ def test_runs_with_a_b_exclusive_part_and_plain_crosscoders_are_steered_too(
 def test_your_own_latents_and_prompt_give_both_texts(trained, scene, capsys):
     latents = [r["feature_idx"] for r in scene.ranked][:2]
     asked = ["--prompt", "Set an alarm", "--max-new", 4, "--latents", *latents]
-    for more, names in ((["--positions", "all"], ["alpha 0", "alpha 64"]),
-                        (["--alpha", 9], ["alpha 9"]), (["--clamp", -3], ["clamp -3"])):
+    for more, names in ((["--positions", "all"], ["alpha = 0", "alpha = 64"]),
+                        (["--alpha", 9], ["alpha = 9"]), (["--clamp", -3], ["clamp -3"])):
         assert program(trained, *asked, *more) == 0
         out = capsys.readouterr().out
         assert "\ntools: " in "\n" + out and out.count("--- A, clean\n") == 1
@@ -1688,9 +1771,9 @@ def test_a_killed_grid_does_again_only_what_is_missing(whole, scene, tmp_path, m
     assert text.count("\n") == 4
     file.write_text(text[:-40])                      # the last of four lines is cut short
 
-    def counted(*args):
+    def counted(*args, **how):
         made.extend(args[5])
-        return generate(*args)
+        return generate(*args, **how)
     monkeypatch.setattr(steer, "generate", counted)
     assert grid_at(scene, tmp_path) == whole and len(made) == len(whole) - 3
     assert grid_at(scene, tmp_path) == whole and len(made) == len(whole) - 3
@@ -1710,9 +1793,9 @@ def test_every_cell_of_a_grid_is_what_steering_one_prompt_at_a_time_gives(whole,
 
 
 def test_the_best_cell_is_chosen_on_dev_and_reported_on_test(capsys):
-    def cell(split, group, size, alpha, hits):
-        return {"split": split, "group": group, "size": size, "alpha": alpha,
-                "exact": [1] * hits + [0] * (10 - hits)}
+    def cell(split, group, size, alpha, hits, model="A"):
+        return {"split": split, "model": model, "group": group, "size": size, "alpha": alpha,
+                "latents": [], "exact": [1] * hits + [0] * (10 - hits)}
     cells = [cell("dev", "clean", 0, 1., 2), cell("test", "clean", 0, 1., 1)]
     for size, alpha, dev, test in ((1, 2., 5, 3), (1, 4., 8, 4), (2, 2., 6, 9), (2, 4., 3, 10)):
         cells += [cell(split, "shared", size, alpha, hits)
@@ -1724,6 +1807,24 @@ def test_the_best_cell_is_chosen_on_dev_and_reported_on_test(capsys):
         assert (b["size"], b["alpha"], b["dev"]["pp"], b["test"]["pp"]) == (size, alpha, dev, test)
     assert grid.grid_report(cells)["shared"]["best"] == grid.best_of(cells)
     assert "     1   +30.0   +60.0\n     2   +40.0   +10.0\n" in capsys.readouterr().out
+    cells += [cell(split, group, 1, 0., hits, "B") for split, group, hits in (
+        ("dev", "clean", 0), ("test", "clean", 1), ("dev", "B-exclusive", 7),
+        ("test", "B-exclusive", 4))]  # fewer hits than A's best, more of them new
+    b = grid.best_of(cells)
+    assert (b["model"], b["dev"]["pp"], b["test"]["pp"]) == ("B", 70, 30)
+
+
+def test_b_exclusive_latents_are_scaled_on_b_in_the_grid(scene, monkeypatch):
+    cc = dfc.Crosscoder(128, 20, 4, 4, 6)
+    ranked = [{"contrast": "needs/none", "partition": steer.part_of(cc, [i]), "feature_idx": i}
+              for i in (5, 1, 12)]
+    cells = grid.cells_of(SimpleNamespace(cc=cc, ranked=ranked, folder=None), [0., 1.])
+    assert [(c["model"], c["group"], c["latents"]) for c in cells] == [
+        ("A", "clean", []), ("B", "clean", []), ("A", "A-exclusive", [1]), ("A", "shared", [12]),
+        ("B", "B-exclusive", [5]), ("A", "A-exclusive + shared", [1]),
+        ("A", "A-exclusive + shared", [1, 12])]
+    assert [[c["model"] for c in some] for some in grid.together(cells, 3)] == [
+        ["A", "A", "A"], ["A", "A"], ["B", "B"]]
 
 
 def test_grids_of_several_layers_end_with_the_best_cell_of_each(finished, monkeypatch, capsys):
@@ -1731,9 +1832,11 @@ def test_grids_of_several_layers_end_with_the_best_cell_of_each(finished, monkey
     effects = iter((10., 40., 70.))
     monkeypatch.setattr(steer, "dev_sets", lambda *_: {n: torch.randn(9, 2, 128) for n in (
         "needs", "none", "tool", "plain")})
-    monkeypatch.setattr(grid, "grid", lambda *_: [{"exact": [1]}])
+    monkeypatch.setattr(grid, "grid", lambda *_: [
+        {"split": split, "exact": [1]} for split in ("dev", "test")])
     monkeypatch.setattr(grid, "grid_report", lambda *_: {})
-    monkeypatch.setattr(grid, "best_of", lambda _: {"group": "shared", "size": 1, "alpha": 2.} | {
+    best = {"model": "A", "group": "shared", "size": 1, "alpha": 2.}
+    monkeypatch.setattr(grid, "best_of", lambda _: best | {
         k: {"pp": pp, "lo": pp, "hi": pp} for pp in [next(effects)] for k in ("dev", "test")})
     assert program(*runs, "--grid") == 0
     out = capsys.readouterr().out
@@ -1750,8 +1853,8 @@ def test_a_published_checkpoint_is_steered_with_a_presets_models(
     ours = ["--crosscoder", tmp_path / "dfc-D8k", "--preset", "tiny"]
     assert program(*ours, *FEW, "--latents", 0, "--clamp", 2) == 0
     assert "\nverdict   latent 0: A without it" in capsys.readouterr().out
-    for name in ("ranking.csv", "metrics.json"):
-        assert (tmp_path / "runs" / "dfc-D8k" / name).exists()
+    results, = (tmp_path / "runs").glob("*--dfc-D8k")
+    assert (results / "ranking.csv").exists() and (results / "metrics.json").exists()
 
 
 @pytest.fixture(scope="module")
@@ -1762,6 +1865,7 @@ def unsteerable(bad, finished):
     with torch.no_grad():
         cc.b_enc[:cc.n_a] = -1e9
     dfc.save(cc, bad / "DEAD")
+    dfc.save(dfc.Crosscoder(128, 64, 8, 6, 6), copy_run(finished, bad / "TWOSIDED"))
     return bad
 
 
@@ -1770,7 +1874,10 @@ def unsteerable(bad, finished):
     (["WIDE"], "is 8 wide"), (["RUN", "LAYER"], "different layers"),
     (["RUN", "PLAIN"], "different models"), (["--crosscoder", "ALONE"], "--preset"),
     (["RUN", "--latents", "64"], "latent 64 is outside RUN's dictionary of 64"),
-    (["RUN", "--latents", "3", "999", "--grid"], "latent 999 is outside"),
+    (["RUN", "--latents", "3", "999"], "latent 999 is outside"),
+    (["RUN", "--latents", "3", "--grid"], "no --latents"),
+    (["RUN", "--clamp", "3", "--grid"], "no --clamp"),
+    (["TWOSIDED", "--latents", "0", "6"], "steer different models"),
     (["RUN", "--latents", "-1"], "--latents"), (["RUN", "--latents", "x"], "--latents"),
     (["RUN", "--latents", "1.5"], "--latents"), (["RUN", "--latents"], "--latents"),
     (["DEAD", "--latents", "0", "--rows", "2"], "--clamp"),
@@ -1784,7 +1891,7 @@ def unsteerable(bad, finished):
     (["RUN", "--grid", "--prompt", "hello"], "not allowed with"),
     (["RUN", "--grid", "--alpha", "1"], "an empty grid"), (["RUN", "--rows", "0"], "--rows"),
     (["RUN", "--max-new", "0"], "--max-new"),
-    (["RUN", "--latents", "9", "--max-new", "512"], "can be scored"),
+    (["RUN", "--latents", "9", "--max-new", "512"], "leaves no room"),
     (["RUNJSON"], "run.json is damaged"), (["--what"], "--what")])
 def test_what_cannot_be_steered_is_one_line_and_status_2(
         argv, says, unsteerable, monkeypatch, capsys):
@@ -1797,14 +1904,15 @@ def test_what_cannot_be_steered_is_one_line_and_status_2(
 
 
 def test_an_interrupted_steering_ends_with_130_and_leaves_what_was_there(unsteerable, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
     before, metrics = files(unsteerable), unsteerable / "RUN" / "metrics.json"
     ranking = json.loads(metrics.read_text())["ranking"]["shared"]["needs/none"]
     latent = ranking[0]["feature_idx"]
     monkeypatch.setattr(steer, "generate", interrupted)
-    for more in ([], ["--grid"], ["--prompt", "hello", "--clamp", 1]):
-        assert program(unsteerable / "RUN", *FEW, "--latents", latent, *more) == 130
+    for more in (["--latents", latent], ["--grid"],
+                 ["--latents", latent, "--prompt", "hello", "--clamp", 1]):
+        assert program(unsteerable / "RUN", *FEW, *more) == 130
     assert files(unsteerable) == before
 
 
@@ -1845,7 +1953,8 @@ def needs(name):
 
 
 def used(code):
-    """Names that compiled code takes from its module, or from dfc and eval_toolcall when it runs."""
+    """Names that compiled code takes from its module, or from dfc and eval_toolcall when it
+    runs."""
     steps = list(dis.get_instructions(code))
     names = {s.argval for s in steps if s.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM")}
     inner = [c for c in code.co_consts if hasattr(c, "co_code")]
@@ -1854,7 +1963,8 @@ def used(code):
 
 def alone(name):
     """A piece as a copy in somebody else's file: its source and that of what it needs, executed in
-    a module that holds only the libraries its file imports; dfc and eval_toolcall are that module."""
+    a module that holds only the libraries its file imports; dfc and eval_toolcall are that
+    module."""
     there, todo = {name}, [name]
     while todo:
         new = needs(todo.pop()) - there
@@ -1918,7 +2028,7 @@ def test_each_piece_can_be_copied_alone(name, tmp_path, monkeypatch):
         "generate": lambda f: f(tiny[0], tiny[1], batches, 3, 1, torch.ones(2, 2, 128)),
         "steering": lambda f: residual(f(model, 1, torch.ones(2, 16))),
         "exclusivity": lambda f: f(cc, x, cc.encode(x)),
-        "mirrors": lambda f: f(cc, slice(4, 7)),
+        "mirrors": lambda f: f(cc),
         "taken_away": lambda f: f(cc, [0, 2], 0)(x[:, 0]),
         "projected_out": lambda f: residual(f(model, torch.eye(16)[:2]))}
     if name == "generate":

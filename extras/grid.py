@@ -1,8 +1,9 @@
 """How many latents, how strong? The |S| x alpha grid of the paper; steer.py --grid runs it.
 
 The first |S| latents of a group (A-exclusive, shared, ...; ranked on dev rows) are scaled by alpha
-at the prompt's last token, for every |S| and alpha. The best cell is chosen on dev rows and
-reported on test rows: on the rows it was chosen on, the best of many cells is high by luck alone.
+at the prompt's last token, for every |S| and alpha: on A, but B-exclusive ones, which write nothing
+into A (the published +0), on B. The best cell is chosen on dev rows and reported on test rows: on
+the rows it was chosen on, the best of many cells is high by luck alone.
 
     python steer.py --grid                              # the newest run: 3 minutes on 2 cores
     python steer.py --grid runs/dfc runs/plain          # and a plain crosscoder: all of its latents
@@ -22,14 +23,14 @@ import torch
 
 from dfc import Problem, software
 from eval_toolcall import add_metrics, identity, paired
-from steer import exacts, outputs_of, place, rows_of, written
+from steer import exacts, home_of, outputs_of, place, rows_of, written
 
 SIZES = (1, 2, 4, 8, 16, 32)
 
 
 def groups(s):
     """{name: its latents, best first}: each partition, A-exclusive with shared; of a plain
-    crosscoder all."""
+    crosscoder all. Groups without latents are left out."""
     ranked = [r for r in s.ranked if r["contrast"] == "needs/none"]
     if not s.cc.n_a + s.cc.n_b:
         return {"all": [r["feature_idx"] for r in ranked]}
@@ -41,60 +42,70 @@ def groups(s):
 
 
 def cells_of(s, alphas):
-    """Every (group, size, alpha): the first `size` latents of a group at strength alpha on A."""
-    return [{"group": name, "size": n, "alpha": a, "latents": latents[:n]}
-            for name, latents in groups(s).items() for n in SIZES if n <= len(latents)
-            for a in alphas if a != 1]
+    """Every (group, size, alpha): the first `size` latents of a group at strength alpha on their
+    model, and the clean answers of each model. Raises Problem where nothing is to be steered."""
+    cells = [{"model": "AB"[home_of(s.cc, latents)], "group": name, "size": n, "alpha": a,
+              "latents": latents[:n]}
+             for name, latents in groups(s).items() for n in SIZES if n <= len(latents)
+             for a in alphas if a != 1]
+    if not cells:
+        raise Problem(f"an empty grid: no alpha other than 1, or no latent of {s.folder} fires "
+                      f"more where a tool is needed")
+    return [{"model": m, "group": "clean", "size": 0, "alpha": 1., "latents": []}
+            for m in sorted({c["model"] for c in cells})] + cells
 
 
 def key_of(cell):
-    return cell["split"], cell["group"], cell["size"], cell["alpha"]
+    """What sets a cell apart."""
+    return *(cell[k] for k in ("split", "model", "group", "size", "alpha")), *cell["latents"]
 
 
 def grid(s, args, at_once=8):
     """Answer every cell on dev and on test rows that need a tool -> finished cells. Each `at_once`
     cells are written to grid.jsonl as they are done; what is there already is not done again."""
     from tqdm import tqdm
-    file, cells = s.folder / "grid.jsonl", []
+    file, cells, out = s.folder / "grid.jsonl", cells_of(s, args.alpha), []
     how = {"rows": args.rows, "max_new": s.max_new, "positions": s.positions}
     how |= identity((s.cc, s.settings, s.folder))
     finished = {key_of(c): c for c in read_grid(file, how)}
-    clean = {"group": "clean", "size": 0, "alpha": 1., "latents": []}
-    if not cells_of(s, args.alpha):
-        raise Problem(f"an empty grid: no alpha other than 1, or no latent of {s.folder} fires "
-                      f"more where a tool is needed")
     for split in ("dev", "test"):
-        todo = [c | {"split": split} for c in [clean, *cells_of(s, args.alpha)]]
+        todo = [c | {"split": split} for c in cells]
         missing = [c for c in todo if key_of(c) not in finished]
         p = place(s, rows_of(s, split, args.rows, needs=True)) if missing else None
-        for i in tqdm(range(0, len(missing), at_once), desc=f"grid, {split}", leave=False):
-            some = missing[i:i + at_once]
-            deltas = [(c["alpha"] - 1) * written(s.cc, p.f, c["latents"], 0) for c in some]
-            texts = outputs_of(s, p, "A", torch.stack(deltas))
+        for some in tqdm(together(missing, at_once), desc=f"grid, {split}", leave=False):
+            m = some[0]["model"]
+            deltas = [(c["alpha"] - 1) * written(s.cc, p.f, c["latents"], "AB".index(m))
+                      for c in some]
+            texts = outputs_of(s, p, m, torch.stack(deltas))
             new = [c | {"how": how, "outputs": t, "exact": exacts(t, p)}
                    for c, t in zip(some, texts)]
             append_lines(file, new)
             finished |= {key_of(c): c for c in new}
-        cells += [finished[key_of(c)] for c in todo]
-    return cells
+        out += [finished[key_of(c)] for c in todo]
+    return out
+
+
+def together(cells, at_once):
+    """[cells of one model, at most `at_once`]."""
+    apart = [[c for c in cells if c["model"] == m] for m in "AB"]
+    return [some[i:i + at_once] for some in apart for i in range(0, len(some), at_once)]
 
 
 def read_grid(file, how):
     """Whole cells of grid.jsonl made the same way. A line cut short by a kill is left out."""
     cells = []
-    for line in file.read_text(errors="replace").split("\n") if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            cells.append(json.loads(line))
+    if file.exists():
+        for line in file.read_text().split("\n"):
+            with contextlib.suppress(ValueError):
+                cells.append(json.loads(line))
     return [c for c in cells if c["how"] == how]
 
 
 def append_lines(file, rows):
-    """Add lines at the end, beginning a new line if the last one was cut short."""
+    """Add lines at the end. Each begins with the line break: the last may have been cut short."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    cut = file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n")
     with open(file, "a") as f:
-        f.write("\n" * bool(cut) + text)
+        f.write("".join("\n" + json.dumps(row) for row in rows))
 
 
 def cohens_dz(differences):
@@ -115,15 +126,21 @@ def sign_flip(differences, times=100_000, seed=0):
     return float((means >= abs(x.mean()) - 1e-12).mean())
 
 
+def clean_of(cells):
+    """{(split, model): exact of the clean answers}."""
+    return {(c["split"], c["model"]): c["exact"] for c in cells if c["group"] == "clean"}
+
+
 def best_of(cells, **where):
-    """The cell with most exact calls on dev among those with these fields, and its effect on test
-    (paired interval): chosen on one, reported on the other."""
-    clean = {c["split"]: c["exact"] for c in cells if c["group"] == "clean"}
+    """Of the cells with these fields the one that adds most exact calls on dev, and its effect on
+    test (paired intervals): chosen on one, reported on the other."""
+    clean = clean_of(cells)
     some = [c for c in cells if all(c[k] == v for k, v in where.items()) and c["group"] != "clean"]
-    top = max((c for c in some if c["split"] == "dev"), key=lambda c: sum(c["exact"]))
+    top = max((c for c in some if c["split"] == "dev"),
+              key=lambda c: sum(c["exact"]) - sum(clean["dev", c["model"]]))
     test = next(c for c in some if key_of(c) == ("test", *key_of(top)[1:]))
-    return {"group": top["group"], "size": top["size"], "alpha": top["alpha"],
-            "dev": paired(top["exact"], clean["dev"]), "test": paired(test["exact"], clean["test"])}
+    effects = {c["split"]: paired(c["exact"], clean[c["split"], c["model"]]) for c in (top, test)}
+    return {k: top[k] for k in ("model", "group", "size", "alpha")} | effects
 
 
 def grid_report(cells):
@@ -134,13 +151,12 @@ def grid_report(cells):
         fields = {f: sorted({c[f] for c in mine if c["group"] == name}) for f in ("size", "alpha")}
         out[name] = {f: [best_of(mine, **{f: v}) for v in values] for f, values in fields.items()}
         out[name]["best"] = best_of(mine)
-        for f, title in (("size", "|S|"), ("alpha", "alpha")):
-            print(f"\n{name}: best cell at each {title}, chosen on dev, change of exact on test\n"
-                  f"{title:>6s}   other   dev pp   test pp, 95 %")
+        for f, title, other in (("size", "|S|", "alpha"), ("alpha", "alpha", "size")):
+            print(f"\n{name}, on {out[name]['best']['model']}: best cell at each {title} on dev, "
+                  f"change of exact\n{title:>6s}{other:>8s}   dev pp   test pp, 95 %")
             for row in out[name][f]:
-                other = row["alpha" if f == "size" else "size"]
                 t = row["test"]
-                print(f"{row[f]:6g}{other:8g}{row['dev']['pp']:+9.1f}{t['pp']:+10.1f} "
+                print(f"{row[f]:6g}{row[other]:8g}{row['dev']['pp']:+9.1f}{t['pp']:+10.1f} "
                       f"[{t['lo']:+.1f}, {t['hi']:+.1f}]")
         heat_map(mine, name, fields)
     return out
@@ -148,9 +164,9 @@ def grid_report(cells):
 
 def heat_map(cells, name, fields):
     """Change of exact on dev, a row for each |S| and a column for each alpha."""
-    clean = next(c["exact"] for c in cells if c["group"] == "clean" and c["split"] == "dev")
-    value = {(c["size"], c["alpha"]): 100 * (np.mean(c["exact"]) - np.mean(clean))
-             for c in cells if c["split"] == "dev" and c["group"] == name}
+    clean, shown = clean_of(cells), [c for c in cells if (c["split"], c["group"]) == ("dev", name)]
+    value = {(c["size"], c["alpha"]): 100 * (
+        np.mean(c["exact"]) - np.mean(clean["dev", c["model"]])) for c in shown}
     print(f"\n{name}: change of exact on dev, pp\n   |S|" + "".join(
         f"{'a ' + format(a, 'g'):>8s}" for a in fields["alpha"]))
     for n in fields["size"]:
@@ -158,10 +174,11 @@ def heat_map(cells, name, fields):
 
 
 def across_layers(bests):
-    """The best cell of each layer and, from 6 layers on, whether their mean differs from 0."""
+    """The best cell of each layer and, from 6 layers on, whether their mean differs from 0 (flips
+    of 5 signs cannot go below p = 2 / 2^5). About these prompts, which all layers share, only."""
     best = {}
     for b in sorted(bests, key=lambda b: (b["layer"], b["dev"]["pp"])):
-        best[b["layer"]] = b["test"]["pp"]
+        best[b["layer"]] = b["test"]["pp"]  # of several runs of a layer the best on dev stays
     effects = list(best.values())
     p = f"sign-flip p {sign_flip(effects):.4f}" if len(best) > 5 else "too few layers for a p-value"
     print("\nbest cell per layer, change on test: " + ", ".join(
@@ -174,16 +191,18 @@ def grids(scenes, args):
     """The grid of each run; with several layers their best cells together."""
     bests = []
     for s in scenes:
-        began, cells = time.time(), grid(s, args)
-        print(f"\n{s.folder}, layer {s.layer}: {len(cells)} cells, "
-              f"{len(cells[0]['exact'])} prompts each")
+        began = time.time()
+        cells = grid(s, args)
+        rows = {c["split"]: len(c["exact"]) for c in cells}
+        print(f"\n{s.folder}, layer {s.layer}: {len(cells) // 2} cells, {rows['dev']} dev and "
+              f"{rows['test']} test prompts each")
         result, best = grid_report(cells), best_of(cells)
         bests.append({"run": str(s.folder), "layer": s.layer, **best})
         add_metrics(s.folder, "grid", {"groups": result, "best": bests[-1],
                                        "seconds": time.time() - began, "versions": software()})
         test = best["test"]
-        print(f"\nbest cell: {best['group']}, |S| {best['size']}, alpha {best['alpha']:g}: test "
-              f"{test['pp']:+.1f} [{test['lo']:+.1f}, {test['hi']:+.1f}] pp "
+        print(f"\nbest cell: {best['group']} on {best['model']}, |S| {best['size']}, alpha "
+              f"{best['alpha']:g}: test {test['pp']:+.1f} [{test['lo']:+.1f}, {test['hi']:+.1f}] pp "
               f"(paper: one A-exclusive latent, alpha 32: +65.0 [47.9, 82.1])")
     if len({b["layer"] for b in bests}) > 1:
         across_layers(bests)

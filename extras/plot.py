@@ -23,7 +23,7 @@ import steer  # noqa: E402
 import table  # noqa: E402
 from dfc import NAMES, Parser, Problem, cli, write  # noqa: E402
 from eval_toolcall import identity, open_runs, read_metrics  # noqa: E402
-from extras.grid import read_grid  # noqa: E402
+from extras.grid import clean_of, read_grid  # noqa: E402
 
 CONTROLS = {"random": ("|", .2, "random directions"), "latents": ("^", .36, "other latents"),
             "A - B": ("D", .54, "difference of means, A - B"),
@@ -158,10 +158,11 @@ def heat(plt, args):
         best, who = read_metrics(run[2]).get("grid", {}).get("best"), identity(run).items()
         cells = [c for c in read_grid(run[2] / "grid.jsonl", ANY) if best and who <=
                  c["how"].items() and (c["split"], len(c["exact"])) == ("dev", best["dev"]["n"])]
-        for c in cells[1:]:  # the first is the clean one
+        clean = clean_of(cells)
+        for c in (c for c in cells if c["group"] != "clean"):
             name = f"{LABEL.get(c['group'], c['group'])}, n = {len(c['exact'])}"
             maps.setdefault(name, {})[c["size"], c["alpha"]] = 100 * (
-                np.mean(c["exact"]) - np.mean(cells[0]["exact"]))
+                np.mean(c["exact"]) - np.mean(clean["dev", c["model"]]))
     if not maps:
         return f"no grid in {args.runs[0]}: python steer.py {args.runs[0]} --grid"
     rows, top = (len(maps) + 1) // 2, max(abs(v) for m in maps.values() for v in m.values()) or 1
@@ -234,7 +235,7 @@ def main(argv=None):
     p.add_argument("--layers", type=Path, nargs="+", default=[], help="runs of other layers")
     p.add_argument("--out", type=Path, default=HERE, help="folder of the pictures")
     args, plt = p.parse_args(argv), pyplot()
-    args.opened = open_runs(args.runs, None, "cpu")
+    args.opened = open_runs(args.runs, "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
     for draw in (effect, decoders, grid, heat, layers, sweep):
         fig, file = draw(plt, args), args.out / f"{draw.__name__}.png"

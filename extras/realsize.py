@@ -112,7 +112,7 @@ def main(argv=None):
     with stage("evaluate", device) as said:
         pair = ev.pair_vectors(models, tokenizer, prompts, [layer])[layer].to(device)
         batches = {m: ev.prefill(models[m], tokenizer, prompts) for m in models}
-        for m, versions in ev.reconstructions(cc.eval(), pair).items():
+        for m, versions in ev.reconstructions(cc, pair).items():
             stacked = torch.stack(list(versions.values()))
             out = ev.generate(models[m], tokenizer, batches[m], args.max_new, layer, stacked)
             said += [m, f"{len(out)} x {len(prompts)} answers,"]

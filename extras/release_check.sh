@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # What a release has to pass, in a fresh clone and a fresh virtual environment (an hour on 2 cores):
 # every command of the README that needs neither the hub nor a GPU; kill -9 at random moments of
-# each program, with the same result as an undisturbed run; and a disk that is full.
+# collecting and training, evaluation, grid and sweep, each time with the same result as an
+# undisturbed run; and a full disk in each of them.
 #
-#   bash extras/release_check.sh [rounds]      kills of the chain and of the sweep, default 10 each
+#   bash extras/release_check.sh [kills]      of each of the four, default 5
 set -euo pipefail
 
-rounds=${1:-10}
+kills=${1:-5}
 work=$(mktemp -d)
-trap 'rm -rf "$work"; if [ -n "${mounted:-}" ]; then umount "$mounted"; fi' EXIT
+trap 'umount "$work/small" 2> /dev/null || true; rm -rf "$work"' EXIT
 git clone --quiet "$(git rev-parse --show-toplevel)" "$work/dfc"
 cd "$work/dfc"
 python3 -m venv .venv
@@ -16,63 +17,74 @@ python3 -m venv .venv
 pip install --quiet -r requirements.txt
 
 echo "== every command of the README"
-sed -n 's/^    \(.*\)$/\1/p' README.md | sed 's/  *#.*//' | grep -E '^(python|bash)' |
-  grep -v -E 'preset paper|outputs.jsonl|sweep|--layers 36' > commands.txt
+sed -n 's/^    \(.*\)$/\1/p' README.md | sed 's/  *#.*//; s/.*&& //' | grep -E '^(python|bash)' |
+  grep -v -E 'preset paper|outputs.jsonl|sweep|plot.py|release_check' > commands.txt
 while read -r command; do
-  echo "-- $command"
+  SECONDS=0
   bash -c "$command" < /dev/null > out.txt 2> err.txt || { tail -n 5 err.txt; exit 1; }
+  echo "-- $SECONDS s   $command"
 done < commands.txt
 
-# Kill a command at random moments, again and again, then let it end: "$1" is what it has to leave.
-killed() {
-  local result=$1 undisturbed=$2 round
-  shift 2
-  for round in $(seq "$rounds"); do
-    setsid "$@" > /dev/null 2>&1 &      # a group of its own: what it started dies with it
-    sleep "$((RANDOM % 20)).$((RANDOM % 10))"
-    kill -9 -- -$! 2> /dev/null || true
-    wait $! 2> /dev/null || true
-  done
-  "$@" > /dev/null 2>&1
-  python - "$result" "$undisturbed" <<'PY'
-import json, sys
+# What is killed: the run folder is the argument.
+train() { exec python dfc.py --out "$1" --resume; }
+evaluate() { exec python eval_toolcall.py --rows 60 "$1"; }
+grid() { exec python steer.py --grid --rows 10 "$1"; }
+sweep() { ROWS=20 DICTS=512 KS=8 OUT=$1 exec bash run_sweep.sh --steps 100 --n-texts 200; }
+
+# Results of a folder without what differs from run to run: seconds, names and paths.
+results() {
+  python - "$1" <<'PY'
+import json, pathlib, sys, zlib
 def plain(x):
-    """Results without what differs from run to run: seconds and paths."""
     if isinstance(x, dict):
-        return {k: plain(v) for k, v in x.items() if k not in ("seconds", "out", "run", "resume",
-                                                               "postfix", "crosscoder")}
+        return {k: plain(v) for k, v in x.items() if k not in ("seconds", "out", "run", "resume")}
     return [plain(v) for v in x] if isinstance(x, list) else x
-a, b = (plain(json.load(open(f))) for f in sys.argv[1:])
-sys.exit(0 if a == b else f"{sys.argv[1]} differs from {sys.argv[2]}")
+for f in sorted(pathlib.Path(sys.argv[1]).rglob("metrics.json")):
+    weights = zlib.crc32((f.parent / "model.safetensors").read_bytes())
+    print(f.parent.relative_to(sys.argv[1]), weights, plain(json.loads(f.read_text())))
 PY
-  echo "-- survived $rounds kills: $*"
 }
 
 echo "== kill -9"
-python dfc.py --out runs/calm/run > /dev/null 2>&1
-python eval_toolcall.py --rows 60 runs/calm/run > /dev/null 2>&1
-python steer.py --grid --rows 10 runs/calm/run > /dev/null 2>&1
-killed runs/wild/run/metrics.json runs/calm/run/metrics.json bash -c '
-  set -e; exec 2> /dev/null
-  python dfc.py --out runs/wild/run --resume
-  python eval_toolcall.py --rows 60 runs/wild/run
-  python steer.py --grid --rows 10 runs/wild/run'
-sweep=(env ROWS=20 DICTS=512 KS=8 bash run_sweep.sh --steps 100 --n-texts 200)
-OUT=runs/calm-sweep "${sweep[@]}" > /dev/null 2>&1
-OUT=runs/wild-sweep killed runs/wild-sweep/seed0/cc-D512-k8/metrics.json \
-  runs/calm-sweep/seed0/cc-D512-k8/metrics.json "${sweep[@]}"
+mkdir -p runs/calm
+for stage in train evaluate grid sweep; do
+  calm=runs/calm/run
+  if [ $stage = sweep ]; then calm=runs/calm/sweep; fi
+  cp -r runs/calm "runs/before-$stage"
+  SECONDS=0
+  ("$stage" $calm) > /dev/null 2>&1
+  took=$SECONDS hit=0
+  for round in $(seq "$kills"); do
+    rm -rf runs/wild
+    cp -r "runs/before-$stage" runs/wild
+    wild=runs/wild/${calm##*/}
+    set -m                              # a group of its own: what it started dies with it
+    ("$stage" "$wild") > /dev/null 2>&1 &
+    set +m
+    sleep "$(python -c "import random; print(random.uniform(1, $took))")"
+    if kill -9 -- -$! 2> /dev/null; then hit=$((hit + 1)); fi
+    wait $! 2> /dev/null || true
+    ("$stage" "$wild") > /dev/null 2>&1
+    cmp <(results $calm) <(results "$wild") || { echo "$stage: another result"; exit 1; }
+  done
+  echo "-- $stage: $kills kills, $hit while it ran (of $took s): the same result each time"
+done
 
 echo "== a full disk"
-mounted=$work/small
-mkdir "$mounted"
-if mount -t tmpfs -o size=3m tmpfs "$mounted" 2> /dev/null; then
-  status=0
-  python dfc.py --out "$mounted/run" > /dev/null 2> err.txt || status=$?
-  [ "$status" = 2 ] || { echo "full disk: exit status $status"; exit 1; }
-  tail -n 1 err.txt
-  [ -z "$(find "$mounted" -name '*.part*')" ] || { echo "half-written files stayed"; exit 1; }
-else
-  mounted=
-  echo "-- left out: no right to mount a small disk"
-fi
+mkdir "$work/small"
+for stage in train evaluate grid sweep; do
+  if ! mount -t tmpfs -o size=64m tmpfs "$work/small" 2> /dev/null; then
+    echo "-- left out: no right to mount a small disk"
+    break
+  fi
+  cp -r "runs/before-$stage/." "$work/small"
+  dd if=/dev/zero of="$work/small/full" bs=4k 2> /dev/null || true
+  before=$(results "$work/small") status=0
+  ("$stage" "$work/small/run") > /dev/null 2> err.txt || status=$?
+  [ "$status" = 2 ] || { tail -n 3 err.txt; echo "$stage: exit status $status"; exit 1; }
+  [ "$before" = "$(results "$work/small")" ] || { echo "$stage: something was lost"; exit 1; }
+  [ -z "$(find "$work/small" -name '*.part*')" ] || { echo "$stage: a part stayed"; exit 1; }
+  echo "-- $stage: $(tail -n 1 err.txt | tr -d '\r')"
+  umount "$work/small"
+done
 echo "release check passed"

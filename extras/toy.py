@@ -62,7 +62,7 @@ def fit(x_NMD, share=.1, share_b=None, tied=False, n_latents=96, k=4, steps=1200
         cc.fair_start(x_NMD[:4096])
     train(cc, x_NMD, steps, batch=256, lr=2e-2, l1_shared=1e-4, l1_excl=1e-4, seed=seed,
           recipe=recipe)
-    return cc.eval()
+    return cc
 
 
 @torch.no_grad()
