@@ -416,6 +416,8 @@ def collect(model, tokenizer, texts, layers, positions="last", batch_tokens=None
     if not all(0 <= layer < depth for layer in layers):
         raise Problem(f"layer {max(layers)} is past the end: the model has layers 0 to {depth - 1}")
     ids = [i[-max_tokens:] for i in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    if not any(ids):
+        raise Problem("the tokenizer makes no token of any text: are all its files there?")
     empty = [i for i, text_ids in enumerate(ids) if not text_ids]
     if empty:
         raise Problem(f"text {empty[0]} holds no token: remove it")

@@ -39,6 +39,7 @@ the piece.
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import random
 import re
@@ -595,8 +596,10 @@ def answer(model, tokenizer, batch, max_new, copies=1):
     out = model.generate(  # all spelled out: a model's own file may ask for sampling or penalties
         input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new,
         use_cache=True, do_sample=False, num_beams=1, repetition_penalty=1., temperature=1.,
-        top_p=1., top_k=50, eos_token_id=ends, pad_token_id=ends[0])
-    return tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+        top_p=1., top_k=50, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
+    said = [itertools.takewhile(lambda token: token not in ends, row)  # what follows is padding
+            for row in out[:, ids.shape[1]:].tolist()]
+    return tokenizer.batch_decode([list(row) for row in said], skip_special_tokens=True)
 
 
 def generate(model, tokenizer, batches, max_new=64, layer=None, vectors_VND=None, add=False,

@@ -576,6 +576,22 @@ def test_a_killed_run_resumes_to_the_same_weights(finished, monkeypatch):
         (finished / "model.safetensors").read_bytes()
 
 
+def test_an_interruption_while_collecting_ends_with_130_and_the_same_command_goes_on(
+        few_texts, tmp_path, monkeypatch, capsys):
+    residuals, seen = dfc.residuals, []
+
+    def interrupted(*args):
+        seen.append(args)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return residuals(*args)
+    monkeypatch.setattr(dfc, "residuals", interrupted)
+    flags = [*few_texts, "--out", tmp_path / "run", "--resume"]
+    assert call(*flags) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: the same command")
+    assert call(*flags) == 0 and (tmp_path / "run" / "metrics.json").exists()
+
+
 @pytest.mark.parametrize("flags, n_a, n_b, tied", [
     ([], 51, 0, True), (["--excl", "0"], 0, 0, False), (["--excl", ".5"], 256, 256, True),
     (["--excl", ".05"], 25, 25, True), (["--recipe", "paper"], 51, 51, False),
@@ -642,6 +658,8 @@ def write_text(path, text):
     (["--positions", "some"], "--positions"), (["--what"], "--what"),
     (["--model-a", "no/such/folder"], "no model folder"),
     (["--model-a", "nobody/nothing"], "give its folder"), (["--model-a", "BAD"], "cannot load"),
+    (["--model-a", "NEW"], "cannot load"), (["--model-b", "CUT"], "CUT: Error while deserializing"),
+    (["--model-a", "MUTE", "--model-b", "MUTE"], "tokenizer makes no token"),
     (["--model-b", "WIDE"], "widths differ"), (["--tool-texts", "EMPTY.txt"], "rows for train"),
     (["--tool-texts", "ONE.txt"], "rows for train"),
     (["--plain-texts", "BINARY.txt"], "not readable UTF-8"),
@@ -653,8 +671,15 @@ def write_text(path, text):
 def test_bad_input_is_one_line_and_status_2(flags, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "BAD").mkdir()
-    (tmp_path / "BAD" / "config.json").write_text("{}")
+    for name, config in (("BAD", "{}"), ("NEW", '{"model_type": "never heard of"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    if "CUT" in flags or "MUTE" in flags:
+        shutil.copytree(TINY / "base", tmp_path / "CUT")
+        weights = (TINY / "base" / "model.safetensors").read_bytes()
+        (tmp_path / "CUT" / "model.safetensors").write_bytes(weights[:len(weights) // 2])
+        shutil.copytree(TINY / "base", tmp_path / "MUTE", ignore=lambda *_: [
+            file.name for file in (TINY / "base").glob("tok*")])
     for name, text in {"EMPTY.txt": "", "ONE.txt": "just one line\n", "FILE": "",
                        "BINARY.txt": b"\xff\xfe\x00\x9c" * 50, "LIST.jsonl": "[1]\n",
                        "BROKEN.jsonl": '{"text": "a"}\n{"text": \n',
@@ -1067,6 +1092,14 @@ def test_answers_end_where_the_template_or_the_model_says_and_are_greedy_whateve
     assert ev.generate(model, tok, ev.prefill(model, tok, prompts))[0] == clean
     model.generation_config.eos_token_id = 7
     assert 7 in ev.end_tokens(model, tok)
+    bare = copy.deepcopy(tok)
+    bare.pad_token = None                                    # nothing hangs on a pad token
+    assert ev.generate(model, bare, ev.prefill(model, bare, prompts))[0] == clean
+    bare.eos_token = model.generation_config.eos_token_id = None
+    bare.get_vocab = dict
+    assert ev.end_tokens(model, bare) == []
+    text, = ev.generate(model, bare, ev.prefill(model, bare, prompts[:1]), 60)[0]
+    assert text.startswith(clean[0])                         # to the last of its 60 tokens
 
 
 def test_reconstructions_are_what_the_decoder_says():
@@ -1814,7 +1847,7 @@ def test_the_best_cell_is_chosen_on_dev_and_reported_on_test(capsys):
     assert (b["model"], b["dev"]["pp"], b["test"]["pp"]) == ("B", 70, 30)
 
 
-def test_b_exclusive_latents_are_scaled_on_b_in_the_grid(scene, monkeypatch):
+def test_b_exclusive_latents_are_scaled_on_b_in_the_grid():
     cc = dfc.Crosscoder(128, 20, 4, 4, 6)
     ranked = [{"contrast": "needs/none", "partition": steer.part_of(cc, [i]), "feature_idx": i}
               for i in (5, 1, 12)]
@@ -2086,7 +2119,7 @@ def test_the_pair_behaves_as_its_readme_says():
 
 def test_every_command_of_the_readme_is_understood():
     text = (ROOT / "README.md").read_text()
-    lines = re.findall(r"^    (?:pip|python|pytest).*$", text, re.M)
+    lines = re.findall(r"^    (?:pip|python|pytest|bash).*$", text, re.M)
     lines = [line.split("#")[0] for line in lines]
     commands = [shlex.split(part) for line in lines for part in line.split("&&")]
     assert len(commands) >= 4
@@ -2099,8 +2132,17 @@ def test_every_command_of_the_readme_is_understood():
             steer.parse_args(command[2:])
         elif command[:2] == ["python", "eval_toolcall.py"]:
             ev.parse_args(command[2:])
-        elif command[0] == "python":
+        elif command[0] in ("python", "bash"):
             assert (ROOT / command[1]).exists()
+
+
+def test_the_readme_counts_the_lines_of_each_file():
+    text = (ROOT / "README.md").read_text()
+    counted = re.findall(r"^\| `([\w.]+)` \|.*\| ([\d,]+) \|$", text, re.M)
+    assert len(counted) == 5
+    for name, lines in counted:
+        lines, there = int(lines.replace(",", "")), (ROOT / name).read_text().count("\n")
+        assert abs(lines - there) <= .05 * there, (name, there)
 
 
 def test_the_piece_in_the_readme_runs_and_prints_what_it_says(capsys):
