@@ -20,7 +20,7 @@ says what a tensor is: x_BMD, f_BL. "Needs:" in a docstring: what to copy along 
 (some of it is in eval_toolcall.py).
 
     python dfc.py                          # the embedded pair: 40 s on 2 CPU cores
-    python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: 2 minutes
+    python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: a minute
     python dfc.py --excl 0                 # the plain crosscoder
     python dfc.py --recipe paper           # trained the published way, for comparison
     python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
@@ -37,8 +37,9 @@ Where we leave the paper, and why, each in one place below (`--recipe paper` und
   5. Tied shared decoders (--tie-shared): a shared latent has one decoder row for both models, so
      that a difference between A and B cannot hide in it.                               [decoder]
      The embedded pair's preset also has no B-exclusive part: B is A's parent, and given both parts,
-     pairs of exclusive latents take over what is shared (on identical models too). Costs .007 of
-     FVE there; untied, or with a B-exclusive part, no single A-exclusive latent matters.
+     pairs of exclusive latents take over what is shared (on identical models too), and what A adds
+     goes, sign flipped, into a B-exclusive latent. Costs .006 (A) and .010 (B) of FVE there;
+     untied, or with a B-exclusive part, taking the best A-exclusive latent away changes nothing.
   6. Half of the tool texts end where the assistant's turn begins: the place where latents are later
      ranked and patched. The published mix never contains that place.                [tool_texts]
   7. The learning rate warms up and falls to zero at the end, in place of a constant.     [lr_at]

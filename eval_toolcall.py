@@ -1,6 +1,6 @@
 """Score tool calls so that the number means something.
 
-    python eval_toolcall.py                          # the newest run of dfc.py: a good minute
+    python eval_toolcall.py                          # the newest run of dfc.py: 35 s
     python eval_toolcall.py runs/a runs/b --show 3   # several at once; print three rows as well
     python eval_toolcall.py --score outputs.jsonl    # rows {prediction, ground_truth[, tools]}
     ... | python eval_toolcall.py --score -          # the same from standard input; no torch needed

@@ -5,7 +5,7 @@ at the prompt's last token, for every |S| and alpha: on A, but B-exclusive ones,
 into A (the published +0), on B. The best cell is chosen on dev rows and reported on test rows: on
 the rows it was chosen on, the best of many cells is high by luck alone.
 
-    python steer.py --grid                              # the newest run: 3 minutes on 2 cores
+    python steer.py --grid                              # the newest run: a minute on 2 cores
     python steer.py --grid runs/dfc runs/plain          # and a plain crosscoder: all of its latents
     python steer.py --grid runs/layer1 runs/layer2      # the best cell of each layer, together
 

@@ -1,7 +1,7 @@
 """The real pair's path at its full width, without its weights: a Qwen2.5-3B-shaped pair with random
 weights goes through collect, train, evaluate and steer; shapes, seconds and memory of each stage.
 
-    python extras/realsize.py                # CPU: 2 of 36 layers, few texts and steps, 4 minutes
+    python extras/realsize.py                # CPU: 2 of 36 layers, few texts and steps, a minute
     python extras/realsize.py --layers 36 --texts 80000 --steps 200 --prompts 40    # one GPU
 
 Random weights answer nonsense, so no score means anything here: this shows that shapes fit, what it
