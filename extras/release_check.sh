@@ -18,7 +18,8 @@ pip install --quiet -r requirements.txt
 
 echo "== every command of the README"
 sed -n 's/^    \(.*\)$/\1/p' README.md | sed 's/  *#.*//; s/.*&& //' | grep -E '^(python|bash)' |
-  grep -v -E 'preset paper|outputs.jsonl|sweep|plot.py|release_check' > commands.txt
+  grep -v -E 'preset paper|outputs.jsonl|sweep|plot.py|release_check' |
+  awk '!seen[$0]++' > commands.txt
 while read -r command; do
   SECONDS=0
   bash -c "$command" < /dev/null > out.txt 2> err.txt || { tail -n 5 err.txt; exit 1; }
