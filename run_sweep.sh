@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The paper's 48 settings by our recipe: 2 dictionaries x 3 k x { plain crosscoder with and without
-# L1; DFC with an exclusive share of 3, 5, 10 % x exclusive latents penalised or free }, each
-# trained, then evaluated.
+# L1; DFC with an exclusive share of 3, 5, 10 % x exclusive latents penalised or free }. All are
+# trained, on activations collected once, then all evaluated, with models loaded once.
 #
 #   bash run_sweep.sh                        the same grid scaled to the embedded pair, 2 CPU cores
 #   PRESET=paper bash run_sweep.sh           the paper's sizes and names on the real pair (a GPU)
 #   SEEDS="0 1 2" bash run_sweep.sh          every setting again with other seeds
-#   bash run_sweep.sh --list                 only print the commands: xargs, parallel, SLURM arrays
+#   bash run_sweep.sh --list                 only print a line for each: it trains and evaluates
 #   OUT=runs/published bash run_sweep.sh --recipe paper    what follows goes to every dfc.py
 #
 # Stop it anywhere: what is whole is skipped next time, what is not is continued. The table alone,
@@ -45,19 +45,25 @@ settings() {
   done
 }
 
+# One line a run: its folder, then the command that trains it.
 commands() {
-  local seed name flags
+  local seed name flags run
   for seed in $SEEDS; do
     while read -r name flags; do
-      flags="$flags --seed $seed --out $OUT/seed$seed/$name"
-      echo "$PYTHON dfc.py --preset $PRESET $flags --resume $*"
+      run=$OUT/seed$seed/$name
+      echo "$run $PYTHON dfc.py --preset $PRESET $flags --seed $seed --out $run --resume $*"
     done < <(settings)
   done
 }
 
 cd "$(dirname "$0")"
-if [ $list = yes ]; then commands "$@"; exit; fi
-while read -r command; do $command < /dev/null; done < <(commands "$@")
+if [ $list = yes ]; then
+  commands "$@" | while read -r run command; do
+    echo "$command && $PYTHON eval_toolcall.py --rows $ROWS $run"
+  done
+  exit
+fi
+while read -r _ command; do $command < /dev/null; done < <(commands "$@")
 for seed in $SEEDS; do
   runs=$(settings | while read -r name _; do echo "$OUT/seed$seed/$name"; done)
   $PYTHON eval_toolcall.py --rows "$ROWS" $runs > "$OUT/seed$seed/tables.txt"

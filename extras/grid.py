@@ -1,7 +1,7 @@
 """How many latents, how strong? The |S| x alpha grid of the paper; steer.py --grid runs it.
 
 The first |S| latents of a group (A-exclusive, shared, ...; ranked on dev rows) are scaled by alpha
-at the prompt's last token, for every |S| and alpha: on A, but B-exclusive ones, which write nothing
+at the prompt's last token (or --positions all), for every |S| and alpha: on A, but B-exclusive ones, which write nothing
 into A (the published +0), on B. The best cell is chosen on dev rows and reported on test rows: on
 the rows it was chosen on, the best of many cells is high by luck alone.
 
@@ -196,10 +196,12 @@ def grids(scenes, args):
         rows = {c["split"]: len(c["exact"]) for c in cells}
         print(f"\n{s.folder}, layer {s.layer}: {len(cells) // 2} cells, {rows['dev']} dev and "
               f"{rows['test']} test prompts each")
-        result, best = grid_report(cells), best_of(cells)
+        result = grid_report(cells)
+        best = best_of(cells, model=min(c["model"] for c in cells))  # B's cells start from 0 calls
         bests.append({"run": str(s.folder), "layer": s.layer, **best})
-        add_metrics(s.folder, "grid", {"groups": result, "best": bests[-1],
-                                       "seconds": time.time() - began, "versions": software()})
+        add_metrics(s.folder, "grid", {
+            "groups": result, "best": bests[-1], "how": cells[0]["how"], "alphas": args.alpha,
+            "seconds": time.time() - began, "versions": software()})
         test = best["test"]
         print(f"\nbest cell: {best['group']} on {best['model']}, |S| {best['size']}, alpha "
               f"{best['alpha']:g}: test {test['pp']:+.1f} [{test['lo']:+.1f}, {test['hi']:+.1f}] pp "

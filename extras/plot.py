@@ -12,7 +12,6 @@ reconstruction changes, a point a setting. What cannot be drawn yet is named wit
 
 import sys
 from pathlib import Path
-from unittest.mock import ANY
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import steer  # noqa: E402
 import table  # noqa: E402
 from dfc import NAMES, Parser, Problem, cli, write  # noqa: E402
-from eval_toolcall import identity, open_runs, read_metrics  # noqa: E402
+from eval_toolcall import open_runs, read_metrics  # noqa: E402
 from extras.grid import clean_of, read_grid  # noqa: E402
 
 CONTROLS = {"random": ("|", .2, "random directions"), "latents": ("^", .36, "other latents"),
@@ -155,9 +154,9 @@ def heat(plt, args):
     """Every cell of the grids, on dev rows."""
     maps = {}
     for run in args.opened:
-        best, who = read_metrics(run[2]).get("grid", {}).get("best"), identity(run).items()
-        cells = [c for c in read_grid(run[2] / "grid.jsonl", ANY) if best and who <=
-                 c["how"].items() and (c["split"], len(c["exact"])) == ("dev", best["dev"]["n"])]
+        last = read_metrics(run[2]).get("grid", {})
+        cells = [c for c in read_grid(run[2] / "grid.jsonl", last.get("how"))
+                 if c["split"] == "dev" and c["alpha"] in (1, *last["alphas"])]
         clean = clean_of(cells)
         for c in (c for c in cells if c["group"] != "clean"):
             name = f"{LABEL.get(c['group'], c['group'])}, n = {len(c['exact'])}"
@@ -216,7 +215,7 @@ def sweep(plt, args):
             ax.boxplot(v, positions=[x], widths=.7, showfliers=False, patch_artist=True,
                        medianprops={"color": "k", "lw": 2}, boxprops={
                            "fc": "w", "hatch": "" if kind == "DFC" else "///", "ec": ".5"})
-            ax.plot(x + np.linspace(-.2, .2, len(v)), v, "C0o", ms=5, mec="w")
+            ax.plot(x + np.linspace(-.2, .2, len(v)), v, "C0o", ms=5, mew=0, alpha=.6)
         ax.set(title=title, xticks=range(4), xticklabels=ticks, xlabel="n settings", ylabel=
                f"change by reconstruction, pp ({rows[0]['n']} prompts)")
         ax.axhline(0, color=".7", lw=1, zorder=0)

@@ -67,7 +67,8 @@ def read(names):
             rows += [row for _, row in read_jsonl(name)]
         elif name.is_dir() and name.name != "cache":
             row = row_of(name)
-            rows, waiting = rows + [row] * (row is not None), waiting + (row is None)
+            rows += [row] if row else []
+            waiting += row is None
         elif not name.is_dir() and name.name != "tables.txt":
             raise Problem(f"no run folder and no .jsonl file: {name}")
     for key, what in (("pair", "models"), ("recipe", "recipes, layers, steps or texts")):
@@ -88,9 +89,11 @@ def groups(rows):
             out[name] = picked
     some("DFC", [not p for p in plain])
     some("crosscoder", plain)
-    for key in ("k", "dict"):
-        for i, value in enumerate(sorted({x[key] for x in h}), 1):
-            some(f"{key} {i} ({value})", [x[key] == value for x in h])
+    for key, published in (("k", 3), ("dict", 2)):
+        values = sorted({x[key] for x in h})
+        for i, value in enumerate(values, 1):  # the smallest, ... beside the published smallest
+            rank = f" {i}" if len(values) == published else ""
+            some(f"{key}{rank} ({value})", [x[key] == value for x in h])
     for share in sorted({x["excl"] for x in h} - {0}):
         some(f"excl {100 * share:.0f}", [x["excl"] == share for x in h])
     some("DFC penalised", [not p and x["l1_excl"] > 0 for p, x in zip(plain, h)])
@@ -132,8 +135,9 @@ def print_tables(rows):
 
 
 def print_effects(rows, sd):
-    """Each factor's largest difference between levels, in standard errors that seeds alone give."""
-    lines, seeds = groups(rows), len(rows) / len({r["name"] for r in rows})
+    """Each factor's largest difference between levels, in standard errors that seeds alone give.
+    (Of three levels without any effect the largest difference is about 1.2 of them.)"""
+    lines = groups(rows)
     factors = {"DFC - crosscoder": ["DFC", "crosscoder"], "free - penalised": [
         "DFC free", "DFC penalised"]} | {f: [n for n in lines if n.startswith(f + " ")]
                                          for f in ("k", "dict", "excl")}
@@ -143,15 +147,20 @@ def print_effects(rows, sd):
             continue
         shown = f"{factor:21s}"
         for column, noise in zip(COLUMNS, sd):
-            levels = [[st.mean(v) for v in by_setting(lines[n], column).values()] for n in names]
-            means = sorted((st.mean(v), len(v)) for v in levels if v)
+            levels = [list(by_setting(lines[n], column).values()) for n in names]
+            means = sorted((st.mean(map(st.mean, v)), error(v, noise)) for v in levels if v)
             if not noise or len(means) < 2:
                 shown += f"{'-':>15s}"
                 continue
-            (low, n_low), (high, n_high) = means[0], means[-1]
-            se = noise * (1 / (n_low * seeds) + 1 / (n_high * seeds)) ** .5
-            shown += f"{f'{high - low:.1f} ({(high - low) / se:.1f})':>15s}"
+            (low, e_low), (high, e_high) = means[0], means[-1]
+            z = (high - low) / (e_low ** 2 + e_high ** 2) ** .5
+            shown += f"{f'{high - low:.1f} ({z:.1f})':>15s}"
         print(shown)
+
+
+def error(settings, noise):
+    """Standard error that seed noise alone gives the mean of some settings, [values over seeds]."""
+    return noise / len(settings) * sum(1 / len(v) for v in settings) ** .5
 
 
 def main(argv=None):

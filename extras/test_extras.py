@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 import dfc  # noqa: E402
+import eval_toolcall as ev  # noqa: E402
 import plot  # noqa: E402
 import table as tables  # noqa: E402
 import toy  # noqa: E402
@@ -118,6 +119,21 @@ def test_the_table_shows_seed_noise_beside_each_effect(tmp_path, capsys):
     assert 9 < float(gap.split()[5]) < 11 and float(gap.split()[6][1:-1]) > 20
 
 
+def test_seed_noise_gives_a_mean_of_settings_the_error_of_its_own_runs():
+    assert tables.error([[1., 2., 3.], [4.]], noise=2.) == pytest.approx((1 / 3 + 1) ** .5)
+    rng, noise = np.random.default_rng(0), 3.
+    means = [np.mean([rng.normal(0, noise, n).mean() for n in (1, 3, 5)]) for _ in range(20_000)]
+    assert np.std(means) == pytest.approx(tables.error([[0] * n for n in (1, 3, 5)], noise), .02)
+
+
+def test_published_figures_stand_beside_a_whole_sweep_only(tmp_path, capsys):
+    rows = [r for r in published_rows() if r["hyperparameters"]["k"] == 90]
+    assert table(rows_file(tmp_path / "rows.jsonl", rows)) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^k \(90\) +\d+ [^,]*$", out, re.M)        # without published columns
+    assert re.search(r"^dict 1 \(8192\).*,", out, re.M)
+
+
 def test_a_table_mixes_no_pairs_and_counts_what_is_not_finished(tmp_path, capsys):
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "metrics.json").write_text("{}")
@@ -142,7 +158,9 @@ def test_the_sweep_lists_the_papers_48_settings_under_their_names():
     assert len(lines) == len(names) == 48 and len(names - published) == 1 and published < names
     for line in lines + sweep("--list", SEEDS="0 1 2").stdout.splitlines():
         words = line.split()
-        args = dfc.parse_args(words[words.index("dfc.py") + 1:])
+        first, second = words.index("dfc.py"), words.index("&&")
+        args = dfc.parse_args(words[first + 1:second])
+        assert ev.parse_args(words[second + 3:]).runs == [args.out]
         name = args.out.name
         h = dict(re.findall(r"(excl|k)(\d+)", name))
         assert args.k == int(h["k"]) and args.excl == int(h.get("excl", 0)) / 100
@@ -199,17 +217,16 @@ def test_the_main_figure_shows_every_claim_and_every_control(plt, tmp_path):
 
 
 def test_a_heat_map_is_the_change_on_dev_of_whole_cells_of_this_crosscoder(
-        plt, tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "identity", lambda run: {"weights": 1})
-
+        plt, tmp_path):
     def cell(group, exact, split="dev", weights=1, size=1, alpha=2.):
-        return json.dumps({"group": group, "size": size, "alpha": alpha, "split": split,
-                           "exact": exact, "how": {"rows": 4, "weights": weights}}) + "\n"
-    args = drawn_from(tmp_path, grid={"best": {"dev": in_pp(0) | {"n": 4}}, "groups": {}})
+        alpha = 1. if group == "clean" else alpha
+        return json.dumps({"model": "A", "group": group, "size": size, "alpha": alpha,
+                           "split": split, "exact": exact, "how": {"weights": weights}}) + "\n"
+    args = drawn_from(tmp_path, grid={"how": {"weights": 1}, "alphas": [0, 2], "groups": {}})
     (tmp_path / "grid.jsonl").write_text(
         cell("clean", [0, 0, 0, 1], weights=2) + cell("all", [1, 1, 1, 1], weights=2)
         + cell("clean", [1, 0, 0, 1], size=0) + cell("all", [1, 1, 0, 1])
-        + cell("all", [0, 0, 0, 1], alpha=0.) + cell("all", [1, 1, 1, 1])[:-20] + "\n"
+        + cell("all", [0, 0, 0, 1], alpha=0.) + cell("all", [0, 0, 0, 0], alpha=9.) + cell("all", [1, 1, 1, 1])[:-20] + "\n"
         + cell("all", [1, 1, 1, 1], split="test"))
     ax, _ = plot.heat(plt, args).axes
     assert ax.get_title(loc="left") == "plain crosscoder, n = 4"
