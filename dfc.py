@@ -19,7 +19,7 @@ k active latents, T tokens; E = M D, a pair laid end to end; P, Q two sets to co
 says what a tensor is: x_BMD, f_BL. "Needs:" in a docstring: what to copy along with the piece
 (some of it is in eval_toolcall.py).
 
-    python dfc.py                          # the embedded pair: 40 s on 2 CPU cores
+    python dfc.py                          # the embedded pair: 30 s on 2 CPU cores
     python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: a minute
     python dfc.py --excl 0                 # the plain crosscoder
     python dfc.py --recipe paper           # trained the published way, for comparison
@@ -728,7 +728,7 @@ def write(path, save_to):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True)
-        raise Problem(f"cannot write {path} ({first_line(e)}): free space, or give --out on "
+        raise Problem(f"cannot write {path} ({first_line(e)}): free space, or use "
                       f"another disk") from None
 
 
