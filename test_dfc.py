@@ -1866,10 +1866,10 @@ def test_grids_of_several_layers_end_with_the_best_cell_of_each(finished, monkey
     monkeypatch.setattr(steer, "dev_sets", lambda *_: {n: torch.randn(9, 2, 128) for n in (
         "needs", "none", "tool", "plain")})
     monkeypatch.setattr(grid, "grid", lambda *_: [
-        {"split": split, "exact": [1]} for split in ("dev", "test")])
+        {"split": split, "model": "A", "exact": [1], "how": {}} for split in ("dev", "test")])
     monkeypatch.setattr(grid, "grid_report", lambda *_: {})
     best = {"model": "A", "group": "shared", "size": 1, "alpha": 2.}
-    monkeypatch.setattr(grid, "best_of", lambda _: best | {
+    monkeypatch.setattr(grid, "best_of", lambda cells, model: best | {
         k: {"pp": pp, "lo": pp, "hi": pp} for pp in [next(effects)] for k in ("dev", "test")})
     assert program(*runs, "--grid") == 0
     out = capsys.readouterr().out
