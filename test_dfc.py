@@ -1628,6 +1628,28 @@ def test_each_claim_is_steered_beside_its_controls_with_their_signs(monkeypatch)
         assert row["controls"] == expected and row["effect"]["pp"] == 100 and row["drawn"] == [5]
 
 
+def test_a_set_of_latents_is_projected_out_beside_as_many_random_directions(monkeypatch):
+    cc, seen = scaled(32, 6, 3), []
+    s = SimpleNamespace(cc=cc, layer=1, models={"A": random_model("Qwen2")})
+    monkeypatch.setattr(steer, "projected_out",
+                        lambda _, u: seen.append(u) or contextlib.nullcontext())
+    monkeypatch.setattr(steer, "outputs_in", lambda s, p, m, context: context() and [""] * 30)
+    monkeypatch.setattr(steer, "exacts", lambda texts, p: [0] * 30)
+    rows = steer.everywhere(s, None, [0, 2], {"A": [""] * 30})
+    assert [row["verdict"] for row in rows] == ["no", "no"] and len(seen) == 11
+    assert torch.equal(seen[0], steer.raw_decoder(cc)[[0, 2], 0])
+    assert all(u.shape == (2, 16) for u in seen[1:]) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("n_a, n_b, n", [(51, 0, 512), (819, 819, 8192), (100, 7, 16384)])
+def test_the_nulls_command_trains_a_null_of_the_same_sizes(n_a, n_b, n):
+    s = SimpleNamespace(cc=SimpleNamespace(n_a=n_a, n_b=n_b, k=8, b_enc=range(n)), layer=2,
+                        folder=Path("runs/this"), settings={"model_a": "a/b", "preset": "paper"})
+    args = dfc.parse_args(steer.null_command(s).split()[2:])
+    assert (int(args.excl * args.dict), int(args.excl_b * args.dict)) == (n_a, n_b)
+    assert args.model_a == args.model_b == "a/b" and args.preset == "paper" and args.layer == 2
+
+
 def program(*argv):
     return dfc.cli(steer.main, [str(a) for a in argv])
 
