@@ -1155,6 +1155,19 @@ def test_a_paired_difference_is_a_mean_with_its_bootstrap_interval():
     assert [got["lo"], got["hi"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=2.5)
 
 
+def test_a_summary_compares_each_version_with_the_clean_one_on_rows_that_need_a_tool():
+    right, other = THINK + block(WEATHER), THINK + block(TIME)
+    outputs = {"A": {"clean": [right, "", RESPONSE], "patched": [other, "", other]}}
+    bare = ONE | {"tools": []}
+    scores, result = ev.summary(outputs, [ONE, bare, NONE])
+    assert [row["exact"] for row in scores["A"]["clean"]] == [1, 0, 1]
+    assert result["A"]["clean"]["delta"]["exact"]["pp"] == 0
+    patched = result["A"]["patched"]
+    assert patched["delta"]["exact"] == ev.paired([0, 0], [1, 0])      # the third wants no call
+    assert patched["delta"]["paper_tool"]["n"] == 1                    # the second lists no tools
+    assert patched["totals"]["none"]["false_call"]["hits"] == 1
+
+
 LONG = {"messages": [{"role": "system", "content": "Tools: none."},
                      {"role": "user", "content": "one two three four five six"},
                      {"role": "assistant", "content": None}, {"role": "tool"},
@@ -1612,7 +1625,7 @@ def test_controls_have_each_prompts_length_and_come_from_the_same_partition():
 
 def test_each_claim_is_steered_beside_its_controls_with_their_signs(monkeypatch):
     units = {"random": torch.eye(4)[:2], "latents": torch.eye(4)[2:3],
-             "A - B": torch.eye(4)[3:], "needs - none": -torch.eye(4)[:2]}
+             "A - B": torch.eye(4)[3:], "needs - none": torch.diag(torch.tensor([-1., 1, 0, 0]))[:2]}
     monkeypatch.setattr(steer, "directions", lambda *_: (units, [5]))
     monkeypatch.setattr(steer, "outputs_of", lambda s, p, m, deltas: list(deltas))
     monkeypatch.setattr(steer, "exacts", lambda delta, p: (delta.sum(1) > 0).tolist())
@@ -1622,10 +1635,22 @@ def test_each_claim_is_steered_beside_its_controls_with_their_signs(monkeypatch)
             ("A", -1, -1, {"random": [100, 100], "latents": [0], "A - B": [0],
                            "needs - none": [100]}),
             ("B", 1, 1, {"random": [100, 100], "latents": [100], "A - B": [100],
-                         "needs - none": [0]})):
+                         "needs - none": [100]})):
         row, = steer.against_controls(None, None, [("t", m, torch.ones(30, 4), sign, hoped)], [1],
                                       clean)
         assert row["controls"] == expected and row["effect"]["pp"] == 100 and row["drawn"] == [5]
+
+
+def test_strengths_are_those_with_most_exact_calls_or_fewest_for_what_b_lacks(monkeypatch):
+    s = SimpleNamespace(cc=scaled(32, 6, 3))
+    monkeypatch.setattr(steer, "rows_of", lambda *_, **__: None)
+    monkeypatch.setattr(steer, "place", lambda *_: SimpleNamespace(f=torch.rand(5, 32)))
+    monkeypatch.setattr(steer, "outputs_of", lambda s, p, m, deltas: range(len(deltas)))
+    monkeypatch.setattr(steer, "exacts", lambda v, p: [[3, 7, 1, 5][v]])
+    top = torch.ones(1)
+    assert steer.strengths(s, [1], [0, 2, 4, 8], top, 5) == [4, 2]     # most of 3 7 1; of 3 7 1 5
+    assert steer.strengths(s, [7], [0, 2, 4, 8], top, 5) == [8, 4]     # fewest
+    assert steer.strengths(s, [1], [0, 1], top, 5) == [None, 2]
 
 
 def test_a_set_of_latents_is_projected_out_beside_as_many_random_directions(monkeypatch):
@@ -1713,6 +1738,10 @@ def test_the_null_is_a_run_of_the_same_sizes_whose_models_are_the_same_twice(
     copy_run(trained, tmp_path / "null", model_b=s.settings["model_a"])
     monkeypatch.setattr(steer, "dev_sets", lambda *_: s.sets)
     assert steer.null_run(s) == (str(tmp_path / "null"), sum(map(steer.specific, s.ranked)))
+    config = json.loads((tmp_path / "null" / "config.json").read_text())
+    write_text(tmp_path / "null" / "config.json", json.dumps(config | {"n_b": 3}))
+    assert steer.null_run(s)[0] is None
+    write_text(tmp_path / "null" / "config.json", json.dumps(config))
     s.layer = 2
     assert steer.null_run(s)[0] is None
 
