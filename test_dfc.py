@@ -1624,8 +1624,9 @@ def test_controls_have_each_prompts_length_and_come_from_the_same_partition():
 
 
 def test_each_claim_is_steered_beside_its_controls_with_their_signs(monkeypatch):
+    of_A, of_B = torch.diag(torch.tensor([-1., 1, 0, 0]))[:2]
     units = {"random": torch.eye(4)[:2], "latents": torch.eye(4)[2:3],
-             "A - B": torch.eye(4)[3:], "needs - none": torch.diag(torch.tensor([-1., 1, 0, 0]))[:2]}
+             "A - B": torch.eye(4)[3:], "needs - none": torch.stack([of_A, of_B])}
     monkeypatch.setattr(steer, "directions", lambda *_: (units, [5]))
     monkeypatch.setattr(steer, "outputs_of", lambda s, p, m, deltas: list(deltas))
     monkeypatch.setattr(steer, "exacts", lambda delta, p: (delta.sum(1) > 0).tolist())
@@ -1909,6 +1910,26 @@ def test_b_exclusive_latents_are_scaled_on_b_in_the_grid():
         ("A", "A-exclusive + shared", [1, 12])]
     assert [[c["model"] for c in some] for some in grid.together(cells, 3)] == [
         ["A", "A", "A"], ["A", "A"], ["B", "B"]]
+    assert grid.key_of(cells[2] | {"split": "dev"}) != grid.key_of(
+        cells[2] | {"split": "dev", "latents": [2]})
+
+
+def test_a_cell_adds_what_its_latents_write_into_their_own_model(tmp_path, monkeypatch):
+    cc, f, seen = scaled(20, 4, 6, D=8), torch.rand(3, 32), {}
+    ranked = [{"contrast": "needs/none", "partition": steer.part_of(cc, [i]), "feature_idx": i}
+              for i in (5, 1)]
+    monkeypatch.setattr(grid, "rows_of", lambda *_, **__: None)
+    monkeypatch.setattr(grid, "place", lambda *_: SimpleNamespace(f=f))
+    monkeypatch.setattr(grid, "exacts", lambda texts, p: [0])
+    monkeypatch.setattr(grid, "outputs_of", lambda s, p, m, deltas:
+                        seen.setdefault(m, deltas.detach()).tolist())
+    settings = {"model_a": "a", "model_b": "b", "tool_texts": "t", "layer": 1}
+    grid.grid(SimpleNamespace(cc=cc, ranked=ranked, folder=tmp_path, settings=settings, max_new=4,
+                              positions="last"), SimpleNamespace(rows=1, alpha=[3.]))
+    for m, latent in (("A", 1), ("B", 5)):
+        clean, delta = seen[m][:2]
+        assert not clean.any() and delta.any()
+        assert torch.allclose(delta, 2 * steer.written(cc, f, [latent], "AB".index(m)), atol=1e-5)
 
 
 def test_grids_of_several_layers_end_with_the_best_cell_of_each(finished, monkeypatch, capsys):
