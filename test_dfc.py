@@ -576,6 +576,12 @@ def test_a_killed_run_resumes_to_the_same_weights(finished, monkeypatch):
         (finished / "model.safetensors").read_bytes()
 
 
+def test_a_run_loads_each_model_once(few_texts, tmp_path, monkeypatch):
+    loads, load_model = [], dfc.load_model
+    monkeypatch.setattr(dfc, "load_model", lambda *a: loads.append(a) or load_model(*a))
+    assert call(*few_texts, "--out", tmp_path / "run") == 0 and len(loads) == len(set(loads)) == 2
+
+
 def test_an_interruption_while_collecting_ends_with_130_and_the_same_command_goes_on(
         few_texts, tmp_path, monkeypatch, capsys):
     residuals, seen = dfc.residuals, []
