@@ -101,7 +101,8 @@ class Crosscoder(nn.Module):
         self.W_dec = nn.Parameter(W_dec)                                         # (L, M, D)
         # The decoder's transpose: a latent starts by reading what it writes (the mean of two).
         share = allowed / allowed.sum(1, keepdim=True)
-        self.W_enc = nn.Parameter((W_dec * share[..., None]).permute(1, 2, 0).contiguous())  # MDL
+        W_enc = (W_dec * share[..., None]).permute(1, 2, 0).contiguous()
+        self.W_enc = nn.Parameter(W_enc)                                         # (M, D, L)
         self.b_enc = nn.Parameter(torch.zeros(n_latents))                        # (L,)
         self.b_dec = nn.Parameter(torch.zeros(2, d_model))                       # (M, D)
         self.register_buffer("mean", torch.zeros(2, d_model))                    # (M, D)
@@ -728,8 +729,8 @@ def write(path, save_to):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True)
-        raise Problem(f"cannot write {path} ({first_line(e)}): free space, or use "
-                      f"another disk") from None
+        raise Problem(f"cannot write {path} ({first_line(e)}): free space, or use another disk") \
+            from None
 
 
 def save(cc, folder, **more):
@@ -745,8 +746,8 @@ def save(cc, folder, **more):
 
 
 def load(name, device="cpu"):
-    """A crosscoder from a run folder or from the hub; the paper's checkpoints
-    too (model.pt, read without executing anything; mean 0 and scale 1). Raises Problem.
+    """A crosscoder from a run folder or from the hub; the paper's checkpoints too (model.pt, read
+    without executing anything; mean 0 and scale 1). Raises Problem.
     Needs: Crosscoder, Problem, first_line, resolve."""
     folder = resolve(name)
     try:

@@ -9,8 +9,8 @@
 #   bash run_sweep.sh --list                 only print a line for each: it trains and evaluates
 #   OUT=runs/published bash run_sweep.sh --recipe paper    what follows goes to every dfc.py
 #
-# Stop it anywhere: what is whole is skipped next time, what is not is continued. The table alone,
-# at any time:  python extras/table.py runs/sweep-tiny/*/*
+# Stop it anywhere: what is whole is skipped next time, what is not is continued. The table of what
+# is evaluated, at any time:  python extras/table.py runs/sweep-tiny/*/*
 set -euo pipefail
 
 PRESET=${PRESET:-tiny}

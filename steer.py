@@ -73,6 +73,12 @@ def home_of(cc, latents):
     return int(part_of(cc, latents) == "b_excl")
 
 
+def in_b(cc):
+    """(L,) whether B is a latent's home: true of the B-exclusive ones."""
+    every = torch.arange(len(cc.b_enc))
+    return (every >= cc.n_a) & (every < cc.n_a + cc.n_b)
+
+
 def raw_decoder(cc):
     """W_dec (L, M, D) in raw activation units."""
     return (cc.decoder() * cc.scale[:, None]).detach()
@@ -87,9 +93,9 @@ def exclusivity(cc, x_NMD, f_NL):
     nothing, where it may not write. Specific to its model: |nu_error| < .2, |nu_recon| < .5; inf
     where the latent never fires. A beta may be negative: then the shared latents write the
     opposite, and nu compares how much of it each model holds (the embedded pair's tool latent: -0.7
-    in A, -2.6 in B, nu_recon 3.7). Needs: raw_decoder."""
+    in A, -2.6 in B, nu_recon 3.9). Needs: in_b, raw_decoder."""
     W_LMD, xhat_NMD, every = raw_decoder(cc), cc.decode(f_NL), torch.arange(len(cc.b_enc))
-    home = ((every >= cc.n_a) & (every < cc.n_a + cc.n_b)).long()
+    home = in_b(cc).long()
     d_LD = W_LMD[every, home]
     put_LM = f_NL.pow(2).sum(0)[:, None] * (W_LMD * d_LD[:, None]).sum(2)
 
@@ -103,12 +109,10 @@ def mirrors(cc):
     """(mirror_excl, mirror_shared), each (L,): the largest cosine of a latent's own direction with
     one that the other model's exclusive, or another shared, latent writes into the other model; 0
     if there is none. A twin there would mean that the other model has the same feature after all.
-    Needs: raw_decoder."""
+    Needs: in_b, raw_decoder."""
     W_LMD, parts = F.normalize(raw_decoder(cc), dim=-1), cc.partitions()
     out = W_LMD.new_zeros(2, len(W_LMD))
-    homes = torch.zeros(len(W_LMD), dtype=torch.bool)
-    homes[parts["b_excl"]] = True
-    for own, there, twins in ((~homes, 1, parts["b_excl"]), (homes, 0, parts["a_excl"])):
+    for own, there, twins in ((~in_b(cc), 1, parts["b_excl"]), (in_b(cc), 0, parts["a_excl"])):
         for row, part in zip(out, (twins, parts["shared"])):
             cosine = W_LMD[own, 1 - there] @ W_LMD[part, there].T
             cosine[own.nonzero() == torch.arange(part.start, part.stop)] = -1  # not itself
@@ -288,21 +292,21 @@ def some_of_each(kept, most):
 
 
 def place(s, kept):
-    """Prompts ready to steer: records, prompts, f (N, L), batches (both models' prefixes)."""
+    """Prompts ready to steer: records, prompts, f (N, L), batches (models' prefixes, as they are
+    first used)."""
     _, records, prompts = zip(*kept)
     x = pair_vectors(s.models, s.tokenizer, prompts, [s.layer])[s.layer].to(s.device)
     with torch.no_grad():
         f = s.cc.encode(x)
-    return SimpleNamespace(records=records, prompts=prompts, f=f, batches={
-        m: prefill(s.models[m], s.tokenizer, prompts) for m in s.models})
+    return SimpleNamespace(records=records, prompts=prompts, f=f, batches={})
 
 
 def outputs_of(s, p, m, deltas=None):
     """[V][N] texts of model m ("A", "B") under deltas_VND; clean ones without."""
-    batches = p.batches[m]
-    if s.positions == "all":  # every token changes, so nothing can be shared
-        batches = prefill(s.models[m], s.tokenizer, p.prompts, share=False)
-    texts = generate(s.models[m], s.tokenizer, batches, s.max_new, s.layer, deltas, add=True,
+    if m not in p.batches:
+        share = s.positions == "last"  # at "all" every token changes, and nothing can be shared
+        p.batches[m] = prefill(s.models[m], s.tokenizer, p.prompts, share=share)
+    texts = generate(s.models[m], s.tokenizer, p.batches[m], s.max_new, s.layer, deltas, add=True,
                      positions=s.positions)
     return [[opened(q) + t for q, t in zip(p.prompts, row)] for row in texts]
 

@@ -1,9 +1,9 @@
 """How many latents, how strong? The |S| x alpha grid of the paper; steer.py --grid runs it.
 
 The first |S| latents of a group (A-exclusive, shared, ...; ranked on dev rows) are scaled by alpha
-at the prompt's last token (or --positions all), for every |S| and alpha: on A, but B-exclusive ones, which write nothing
-into A (the published +0), on B. The best cell is chosen on dev rows and reported on test rows: on
-the rows it was chosen on, the best of many cells is high by luck alone.
+at the prompt's last token (or --positions all), for every |S| and alpha: on A, but B-exclusive
+ones, which write nothing into A (the published +0), on B. The best cell is chosen on dev rows and
+reported on test rows: on the rows it was chosen on, the best of many cells is high by luck alone.
 
     python steer.py --grid                              # the newest run: a minute on 2 cores
     python steer.py --grid runs/dfc runs/plain          # and a plain crosscoder: all of its latents
@@ -158,15 +158,22 @@ def grid_report(cells):
                 t = row["test"]
                 print(f"{row[f]:6g}{row[other]:8g}{row['dev']['pp']:+9.1f}{t['pp']:+10.1f} "
                       f"[{t['lo']:+.1f}, {t['hi']:+.1f}]")
-        heat_map(mine, name, fields)
+        heat_map(on_dev(mine)[name], name, fields)
     return out
 
 
-def heat_map(cells, name, fields):
+def on_dev(cells):
+    """{group: {(size, alpha): change of exact on dev rows, pp}}."""
+    clean, out = clean_of(cells), {}
+    for c in cells:
+        if c["split"] == "dev" and c["group"] != "clean":
+            change = np.mean(c["exact"]) - np.mean(clean["dev", c["model"]])
+            out.setdefault(c["group"], {})[c["size"], c["alpha"]] = 100 * change
+    return out
+
+
+def heat_map(value, name, fields):
     """Change of exact on dev, a row for each |S| and a column for each alpha."""
-    clean, shown = clean_of(cells), [c for c in cells if (c["split"], c["group"]) == ("dev", name)]
-    value = {(c["size"], c["alpha"]): 100 * (
-        np.mean(c["exact"]) - np.mean(clean["dev", c["model"]])) for c in shown}
     print(f"\n{name}: change of exact on dev, pp\n   |S|" + "".join(
         f"{'a ' + format(a, 'g'):>8s}" for a in fields["alpha"]))
     for n in fields["size"]:
@@ -204,7 +211,7 @@ def grids(scenes, args):
             "seconds": time.time() - began, "versions": software()})
         test = best["test"]
         print(f"\nbest cell: {best['group']} on {best['model']}, |S| {best['size']}, alpha "
-              f"{best['alpha']:g}: test {test['pp']:+.1f} [{test['lo']:+.1f}, {test['hi']:+.1f}] pp "
-              f"(paper: one A-exclusive latent, alpha 32: +65.0 [47.9, 82.1])")
+              f"{best['alpha']:g}: test {test['pp']:+.1f} [{test['lo']:+.1f}, {test['hi']:+.1f}] pp"
+              f" (paper: one A-exclusive latent, alpha 32: +65.0 [47.9, 82.1])")
     if len({b["layer"] for b in bests}) > 1:
         across_layers(bests)

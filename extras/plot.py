@@ -22,7 +22,7 @@ import steer  # noqa: E402
 import table  # noqa: E402
 from dfc import NAMES, Parser, Problem, cli, write  # noqa: E402
 from eval_toolcall import open_runs, read_metrics  # noqa: E402
-from extras.grid import clean_of, read_grid  # noqa: E402
+from extras.grid import on_dev, read_grid  # noqa: E402
 
 CONTROLS = {"random": ("|", .2, "random directions"), "latents": ("^", .36, "other latents"),
             "A - B": ("D", .54, "difference of means, A - B"),
@@ -156,12 +156,9 @@ def heat(plt, args):
     for run in args.opened:
         last = read_metrics(run[2]).get("grid", {})
         cells = [c for c in read_grid(run[2] / "grid.jsonl", last.get("how"))
-                 if c["split"] == "dev" and c["alpha"] in (1, *last["alphas"])]
-        clean = clean_of(cells)
-        for c in (c for c in cells if c["group"] != "clean"):
-            name = f"{LABEL.get(c['group'], c['group'])}, n = {len(c['exact'])}"
-            maps.setdefault(name, {})[c["size"], c["alpha"]] = 100 * (
-                np.mean(c["exact"]) - np.mean(clean["dev", c["model"]]))
+                 if c["split"] == "dev" and c["alpha"] in (1, *last["alphas"])]  # clean: 1
+        for group, changes in on_dev(cells).items():
+            maps[f"{LABEL.get(group, group)}, n = {len(cells[0]['exact'])}"] = changes
     if not maps:
         return f"no grid in {args.runs[0]}: python steer.py {args.runs[0]} --grid"
     rows, top = (len(maps) + 1) // 2, max(abs(v) for m in maps.values() for v in m.values()) or 1

@@ -226,7 +226,8 @@ def test_a_heat_map_is_the_change_on_dev_of_whole_cells_of_this_crosscoder(
     (tmp_path / "grid.jsonl").write_text(
         cell("clean", [0, 0, 0, 1], weights=2) + cell("all", [1, 1, 1, 1], weights=2)
         + cell("clean", [1, 0, 0, 1], size=0) + cell("all", [1, 1, 0, 1])
-        + cell("all", [0, 0, 0, 1], alpha=0.) + cell("all", [0, 0, 0, 0], alpha=9.) + cell("all", [1, 1, 1, 1])[:-20] + "\n"
+        + cell("all", [0, 0, 0, 1], alpha=0.) + cell("all", [0, 0, 0, 0], alpha=9.)
+        + cell("all", [1, 1, 1, 1])[:-20] + "\n"
         + cell("all", [1, 1, 1, 1], split="test"))
     ax, _ = plot.heat(plt, args).axes
     assert ax.get_title(loc="left") == "plain crosscoder, n = 4"
