@@ -14,48 +14,27 @@ added has to go through the A-exclusive ones. (arXiv 2606.26474; the DFC is from
     latents = [ A-exclusive: n_a | B-exclusive: n_b | shared ]     n = int(share * L)
     n_a = n_b = 0 is the plain crosscoder; a share of 0.5 is two sparse autoencoders in one top k.
 
-Shapes: B vectors in a batch, N in all, M = 2 models (0 = A, 1 = B), D residual width, L latents,
-k active latents, T tokens; E = M D, a pair laid end to end; P, Q two sets to contrast. A suffix
-says what a tensor is: x_BMD, f_BL. "Needs:" in a docstring: what to copy along with the piece
-(some of it is in eval_toolcall.py).
+Shapes, named by suffix (x_BMD): B vectors in a batch, N in all, M = 2 models (0 = A, 1 = B),
+D residual width, L latents, k active ones, T tokens, E = M D (a pair laid end to end).
 
-    python dfc.py                          # the embedded pair: 30 s on 2 CPU cores
-    python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: a minute
+    python dfc.py                          # the embedded pair: half a minute on 2 CPU cores
+    python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: two minutes
     python dfc.py --excl 0                 # the plain crosscoder
     python dfc.py --recipe paper           # trained the published way, for comparison
     python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
 
-Where we leave the paper, and why, each in one place below (`--recipe paper` undoes 2 to 7):
-  1. The mean and scale of the activations belong to the crosscoder. Published training vectors are
-     standardised, evaluation vectors are not, and the statistics are lost.          [Crosscoder]
-  2. Sparsity is sum_l f_l |W_dec[l]|: as a mean over all latents, lambda = 1e-3 weighs 0.1 % of the
-     loss, and f alone can be shrunk for free by a longer decoder.                    [l1_loss]
-  3. A fair start: an exclusive latent reads one model where a shared one reads two; drawn as
-     published, at first it is picked 9 to 28 times less often. Our encoder begins as the
-     decoder's transpose, and the spread is made equal per partition. [Crosscoder, fair_start]
-  4. Dead latents are revived, each partition on its own.                              [aux_loss]
-  5. Tied shared decoders (--tie-shared): a shared latent has one decoder row for both models, so
-     that a difference between A and B cannot hide in it.                               [decoder]
-     The embedded pair's preset also has no B-exclusive part: B is A's parent, and given both parts,
-     pairs of exclusive latents take over what is shared (on identical models too), and what A adds
-     goes, sign flipped, into a B-exclusive latent. Costs .006 (A) and .010 (B) of FVE there;
-     untied, or with a B-exclusive part, taking the best A-exclusive latent away changes nothing.
-  6. Half of the tool texts end where the assistant's turn begins: the place where latents are later
-     ranked and patched. The published mix never contains that place.                [tool_texts]
-  7. The learning rate warms up and falls to zero at the end, in place of a constant.     [lr_at]
-Vectors ten times as long as the median (attention sinks) are left out under either recipe.
-
-Left out on purpose: several GPUs, token streams larger than memory, more than two models.
+Where we leave the paper is marked [1] ... [7] with its reason; --recipe paper undoes 2 to 7.
 """
 
 import argparse
-import functools
+import contextlib
 import hashlib
 import json
-import os
+import logging
+import random
 import re
-import shutil
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -63,93 +42,72 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
-# ---------------------------------------------------------------------------------------------
-# 1. The crosscoder
-# ---------------------------------------------------------------------------------------------
-
-NAMES = {"a_excl": "A-exclusive", "b_excl": "B-exclusive", "shared": "shared"}  # the partitions
-
-
+# ---- 1. The crosscoder ---------------------------------------------------------------------------
 class Crosscoder(nn.Module):
-    """A sparse dictionary over pairs of vectors, some latents confined to one model.
-
-    d_model D, n_latents L, k active latents per pair, n_a A-exclusive and n_b B-exclusive latents;
-    tied: shared latents write the same direction into both models. Parameter names and shapes are
-    those of the paper's checkpoints; mean and scale are ours. Draws from torch's global generator.
-    encode and decode apply masks and tie at every call; training calls confine() on the weights
-    once and on each gradient instead, for a mask as large as the dictionary is slow. Raises
-    ValueError for sizes that cannot be. (Paper section 3 and its Figure 1.) Needs: NAMES.
-    """
+    """A sparse dictionary over pairs of vectors, some latents confined to one model (Figure 1).
+    Parameter names and shapes are those of the paper's checkpoints. The forward pass needs no mask:
+    confine() on the weights once, and on each gradient, keeps what is forbidden at zero.
+    [5] tied: a shared latent writes one row into both models. Untied, a difference between A and B
+    can hide in a shared latent; tied and n_b = 0, it has nowhere to go but the A-exclusive ones."""
 
     def __init__(self, d_model, n_latents, k, n_a=0, n_b=0, tied=False):
         super().__init__()
-        if not 1 <= k <= n_latents:
-            raise ValueError(f"k must be between 1 and the {n_latents} latents, got {k}")
-        if min(n_a, n_b) < 0 or n_a + n_b > n_latents:
-            raise ValueError(f"{n_a} + {n_b} exclusive latents do not fit into {n_latents}")
+        if not 1 <= k <= n_latents or min(n_a, n_b) < 0 or n_a + n_b > n_latents:
+            raise ValueError(f"k {k}, exclusive {n_a} + {n_b} do not fit into {n_latents} latents")
         self.k, self.n_a, self.n_b, self.tied = k, n_a, n_b, tied
         W_dec = F.normalize(torch.randn(n_latents, 2, d_model), dim=-1)
         if tied:
             W_dec[n_a + n_b:] = W_dec[n_a + n_b:, :1]
-        allowed = torch.ones(n_latents, 2)
-        allowed[:n_a, 1] = 0
-        allowed[n_a:n_a + n_b, 0] = 0
-        self.register_buffer("dec_mask", allowed)                                # (L, M)
-        self.register_buffer("enc_mask", allowed.T.clone())                      # (M, L)
-        self.W_dec = nn.Parameter(W_dec)                                         # (L, M, D)
-        # The decoder's transpose: a latent starts by reading what it writes (the mean of two).
-        share = allowed / allowed.sum(1, keepdim=True)
-        W_enc = (W_dec * share[..., None]).permute(1, 2, 0).contiguous()
+        W_enc = W_dec.permute(1, 2, 0).contiguous()  # [3] a latent begins by reading what it writes
+        W_enc[..., n_a + n_b:] /= 2                  # a shared one the mean of its two rows
+        self.confine(W_enc, W_dec)
         self.W_enc = nn.Parameter(W_enc)                                         # (M, D, L)
+        self.W_dec = nn.Parameter(W_dec)                                         # (L, M, D)
         self.b_enc = nn.Parameter(torch.zeros(n_latents))                        # (L,)
         self.b_dec = nn.Parameter(torch.zeros(2, d_model))                       # (M, D)
         self.register_buffer("mean", torch.zeros(2, d_model))                    # (M, D)
         self.register_buffer("scale", torch.ones(2))                             # (M,)
 
-    def partitions(self):
-        """{name: slice of latents}, in the order in which they lie."""
-        a, b = self.n_a, self.n_a + self.n_b
-        return dict(zip(NAMES, (slice(0, a), slice(a, b), slice(b, len(self.b_enc)))))
-
-    def normalise(self, x_BMD):
-        """Raw activations -> zero mean, mean square one per model."""
-        return (x_BMD.to(self.W_enc.dtype) - self.mean) / self.scale[:, None]
-
-    def decoder(self):
-        """The decoder in use, (L, M, D). Departure 5: a tied latent's two rows are their mean, so
-        both receive the same gradient and stay equal."""
-        W_dec = self.W_dec
-        if self.tied:
-            one_each, both = W_dec.split([self.n_a + self.n_b, len(W_dec) - self.n_a - self.n_b])
-            W_dec = torch.cat([one_each, both.mean(1, keepdim=True).expand_as(both)])
-        return W_dec * self.dec_mask[..., None]
+    def parts(self):
+        """{name: slice of latents}, in the order in which they lie; empty ones are left out."""
+        a, b, L = self.n_a, self.n_a + self.n_b, len(self.b_enc)
+        ends = {"A-exclusive": (0, a), "B-exclusive": (a, b), "shared": (b, L)}
+        return {name: slice(*end) for name, end in ends.items() if end[0] < end[1]}
 
     @torch.no_grad()
     def confine(self, W_enc, W_dec):
-        """In place: forbidden entries become zero, a tied latent's two decoder rows their mean.
-        Done to the weights once and to every gradient, it keeps decoder() equal to W_dec."""
+        """In place: what may not be read or written becomes zero, tied rows their mean."""
         a, b = self.n_a, self.n_a + self.n_b
         for forbidden in (W_enc[1, :, :a], W_enc[0, :, a:b], W_dec[:a, 1], W_dec[a:b, 0]):
             forbidden.zero_()
         if self.tied:
             W_dec[b:] = W_dec[b:].mean(1, keepdim=True)
 
-    def preactivations(self, z_BMD):
-        """Normalised vectors -> relu of what every latent reads, (B, L)."""
-        W_enc = self.W_enc * self.enc_mask[:, None]
-        return F.relu(z_BMD.flatten(1) @ W_enc.flatten(0, 1) + self.b_enc)
+    def normalise(self, x_BMD):
+        """Raw activations -> zero mean, mean square one per model."""
+        return (x_BMD.to(self.W_enc.dtype) - self.mean) / self.scale[:, None]
+
+    def top(self, z_BMD):
+        """The k largest pre-activations of normalised vectors: (f_Bk, index_Bk, pre_BL)."""
+        pre_BL = torch.addmm(self.b_enc, z_BMD.flatten(1), self.W_enc.flatten(0, 1))
+        largest = pre_BL.topk(self.k, dim=-1, sorted=False)
+        return largest.values.relu(), largest.indices, pre_BL
 
     def encode(self, x_BMD):
-        """Raw activations -> f_BL, the k largest pre-activations of each pair, the rest zero."""
-        top = self.preactivations(self.normalise(x_BMD)).topk(self.k, dim=-1)
-        return torch.zeros(len(x_BMD), len(self.b_enc), dtype=top.values.dtype,
-                           device=x_BMD.device).scatter(1, top.indices, top.values)
+        """Raw activations -> f_BL, zero but for the k largest of each pair."""
+        f_Bk, index_Bk, pre_BL = self.top(self.normalise(x_BMD))
+        return torch.zeros_like(pre_BL).scatter(1, index_Bk, f_Bk)
 
     def decode(self, f_BL):
         """f_BL -> xhat_BMD in raw activation units."""
-        z_BMD = torch.einsum("bl,lmd->bmd", f_BL, self.decoder()) + self.b_dec
+        z_BMD = torch.einsum("bl,lmd->bmd", f_BL, self.W_dec) + self.b_dec
         return z_BMD * self.scale[:, None] + self.mean
 
     def forward(self, x_BMD):
@@ -158,83 +116,40 @@ class Crosscoder(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, x_NMD):
-        """Departure 1: take mean (M, D) and root mean square (M,) from the training vectors and
-        keep them, so that encode and decode speak raw units for ever after."""
+        """[1] Mean and root mean square of the training vectors are kept: encode and decode speak
+        raw units. Published, they are lost between training and evaluation."""
         self.mean.copy_(x_NMD.float().mean(0))
         self.scale.copy_((x_NMD.float() - self.mean).pow(2).mean((0, 2)).sqrt().clamp(min=1e-8))
 
     @torch.no_grad()
     def fair_start(self, x_BMD):
-        """Departure 3: scale each exclusive partition's encoder until its pre-activations spread as
-        much as the shared ones' (as A's, if nothing is shared). The encoder of __init__, a mean of
-        two decoder rows, favours exclusive latents: they shrink by up to sqrt(2) (untied always;
-        tied not at all where A = B)."""
-        pre = self.normalise(x_BMD).flatten(1) @ (self.W_enc * self.enc_mask[:, None]).flatten(0, 1)
-        filled = {n: s for n, s in self.partitions().items() if s.stop > s.start}
-        target = pre[:, filled.get("shared", filled.get("a_excl"))].std()
-        for part in filled.values():
-            self.W_enc[:, :, part] *= target / pre[:, part].std().clamp(min=1e-8)
+        """[3] Give every partition's pre-activations the spread of the last, the shared one's. An
+        exclusive latent reads one model where a shared one reads two; drawn as published it is at
+        first picked 9 to 28 times less often."""
+        pre_BL = self.normalise(x_BMD).flatten(1) @ self.W_enc.flatten(0, 1)
+        spread = [pre_BL[:, part].std().clamp(min=1e-8) for part in self.parts().values()]
+        for part, own in zip(self.parts().values(), spread):
+            self.W_enc[..., part] *= spread[-1] / own
 
-
-# ---------------------------------------------------------------------------------------------
-# 2. Losses and metrics: pure functions of tensors
-# ---------------------------------------------------------------------------------------------
-
-
-def l1_loss(mean_L, norms_L, weight_L):
-    """Departure 2: sum_l weight_l f_l |W_dec[l]|, mean over the batch.
-
-    mean_L is f's mean over the batch (the sum is linear in f), norms_L the lengths of the decoder
-    rows over both models, weight_L the lambdas. A longer row with a smaller f writes the same and
-    costs the same: there is no way round it."""
-    return (weight_L * mean_L * norms_L).sum()
-
-
-def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L, candidates=None):
-    """Departure 4: let the dead latents of each partition explain what the living leave over.
-
-    The residual is detached and b_dec stays out: dead latents learn from the error and do not push
-    the rest. A partition is asked only for the models it writes, and each on its own, or the many
-    shared latents would win every place; 2 k of each are asked. candidates: where_true of all that
-    may be dead (a list of its own for every step would make a GPU wait), those alive count as 0.
-    (AuxK, arXiv 2406.04093 appendix A.2.) Needs: reconstruct, where_true."""
-    residual, total = (z_BMD - zhat_BMD).detach(), z_BMD.new_zeros(())
-    written = slice(0, 1), slice(1, 2), slice(0, 2)
-    for latents, models in zip(candidates or where_true(cc, dead_L), written):
-        if len(latents):
-            dead = dead_L[latents]
-            pre = pre_BL.detach()[:, latents].relu_().mul_(dead)
-            top = pre.topk(min(len(latents), 2 * cc.k), dim=-1, sorted=False)
-            guess, _ = reconstruct(cc, z_BMD, (top.values, latents[top.indices]))
-            total = total + (residual - guess)[:, models].pow(2).mean() * dead.any()  # none: 0
-    return total
-
-
-def where_true(cc, which_L):
-    """The latents for which a boolean vector holds, as one list per partition."""
-    return [which_L[part].nonzero()[:, 0] + part.start for part in cc.partitions().values()]
-
-
+# ---- 2. Losses, and a gradient that touches only active latents ----------------------------------
 def add_outer(f_Bk, index_Bk, y_BE, n_rows):
-    """sum over b, k of f[b, k] y[b], added to row index[b, k] of (n_rows, E). Sorted by row it is a
-    weighted sum of picked rows of y: no collisions, and no outer product in memory."""
+    """(n_rows, E), each f[b, k] y[b] added to row index[b, k]. Sorted by row it is a weighted sum
+    of picked rows of y: no collisions, and no outer product in memory."""
     row, place = index_Bk.flatten().sort(stable=True)
     first = torch.searchsorted(row, torch.arange(n_rows, device=row.device))
     return F.embedding_bag(place // index_Bk.shape[1], y_BE.contiguous(), first, mode="sum",
                            per_sample_weights=f_Bk.flatten()[place])
 
-
 class Sparse(torch.autograd.Function):
-    """(decoder's output, f) of latents whose values f are known, with gradients that touch only
-    them. Autograd's own would be as large as the dictionary, and several times slower. f came from
-    W_enc and b outside, without a graph: they are arguments only to receive gradients. Masks and
-    ties are confine()'s. E = M D. Needs: add_outer, sparse_decode."""
+    """(decoder's output (B, E), f_Bk) of picked latents; gradients only of what was picked, where
+    autograd's own would be as large as the dictionary. f was computed from W_enc and b_enc without
+    a graph: they are arguments only to receive their gradients."""
 
     @staticmethod
     def forward(ctx, z_BE, f_Bk, index_Bk, W_EL, b_L, W_LE):
         with torch.enable_grad():
             f_Bk = f_Bk.detach().float().requires_grad_()
-            zhat_BE = sparse_decode(f_Bk, index_Bk, W_LE.detach())
+            zhat_BE = F.embedding_bag(index_Bk, W_LE.detach(), per_sample_weights=f_Bk, mode="sum")
         ctx.kept = z_BE, f_Bk, index_Bk, zhat_BE, len(b_L)
         return zhat_BE.detach(), f_Bk.detach()
 
@@ -246,797 +161,416 @@ class Sparse(torch.autograd.Function):
         gW_enc, gW_dec = (add_outer(f, index_Bk, y, L) for f, y in ((g_Bk, z_BE), (f_Bk, g_BE)))
         return None, None, None, gW_enc.T, g_L, gW_dec
 
-
-def reconstruct(cc, z_BMD, top):
-    """(zhat_BMD without b_dec, f_Bk) from the picked latents, top = (values, indices).
-    Needs: Sparse."""
-    zhat_BE, f_Bk = Sparse.apply(z_BMD.flatten(1), *top, cc.W_enc.flatten(0, 1), cc.b_enc,
+def reconstruct(cc, z_BMD, f_Bk, index_Bk):
+    """(zhat_BMD without b_dec, f_Bk) of picked latents: what decode() gives, differentiable."""
+    zhat_BE, f_Bk = Sparse.apply(z_BMD.flatten(1), f_Bk, index_Bk, cc.W_enc.flatten(0, 1), cc.b_enc,
                                  cc.W_dec.flatten(1))
     return zhat_BE.view_as(z_BMD), f_Bk
 
-
-def sparse_decode(f_Bk, index_Bk, W_LMD):
-    """sum_k f W[index]: decode, touching only the active rows. W (L, M, D) or (L, E) -> (B,
-    same)."""
-    flat = F.embedding_bag(index_Bk, W_LMD.flatten(1), per_sample_weights=f_Bk, mode="sum")
-    return flat.view(len(f_Bk), *W_LMD.shape[1:])
-
+def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
+    """[4] Revive dead latents: let those of each partition explain what the living leave over. The
+    residual is detached and b_dec stays out: they learn from the error and do not push the rest. A
+    partition is asked only for the models it writes, and each on its own, or the many shared
+    latents would win every place; 2 k of each, on a quarter of the batch, which revives as well as
+    all of it. (AuxK, arXiv 2406.04093 A.2.)"""
+    z_BMD, zhat_BMD, pre_BL = (t[:1 + len(t) // 4] for t in (z_BMD, zhat_BMD, pre_BL.detach()))
+    residual, total = (z_BMD - zhat_BMD).detach(), z_BMD.new_zeros(())
+    models = {"A-exclusive": slice(0, 1), "B-exclusive": slice(1, 2), "shared": slice(0, 2)}
+    for name, part in cc.parts().items():
+        dead = dead_L[part].nonzero()[:, 0] + part.start
+        if len(dead):
+            best = pre_BL[:, dead].relu().topk(min(len(dead), 2 * cc.k), sorted=False)
+            guess_BMD, _ = reconstruct(cc, z_BMD, best.values, dead[best.indices])
+            total = total + (residual - guess_BMD)[:, models[name]].pow(2).mean()
+    return total
 
 def fve(x_BMD, xhat_BMD):
     """Fraction of variance explained per model, (M,): 1 is perfect, predicting the mean gives 0."""
     error = (x_BMD - xhat_BMD).double().pow(2).sum((0, 2))
     return 1 - error / (x_BMD - x_BMD.double().mean(0)).pow(2).sum((0, 2)).clamp(min=1e-30)
 
-
-def cohens_d(f_PL, f_QL):
-    """(mean P - mean Q) / sqrt((var P + var Q) / 2) per latent, two rows or more on each side; 0
-    where nothing differs, huge where only the means do. (Paper section 4, ranking.)"""
-    spread = ((f_PL.double().var(0) + f_QL.double().var(0)) / 2).sqrt()
-    return (f_PL.double().mean(0) - f_QL.double().mean(0)) / spread.clamp(min=1e-12)
-
-
-def auroc(f_PL, f_QL):
-    """P(a value of P is larger than one of Q), ties counted half, per latent (Mann-Whitney)."""
-    both = torch.cat([f_PL, f_QL]).T.contiguous()                                # (L, P + Q)
-    ordered = both.sort(-1).values
-    below = torch.searchsorted(ordered, both[:, :len(f_PL)].contiguous())
-    upto = torch.searchsorted(ordered, both[:, :len(f_PL)].contiguous(), right=True)
-    ranks = ((below + upto + 1).double() / 2).sum(-1)
-    n, m = len(f_PL), len(f_QL)
-    return (ranks - n * (n + 1) / 2) / (n * m)
-
-
-def rank_latents(f_PL, f_QL, only=slice(None)):
-    """Latents that are alive and larger on P (tool) than on Q (other), best separated first.
-
-    f_PL, f_QL activations on the two sets of texts; only: a slice or list of latents to consider.
-    Returns a list of rows with the names of the authors' ranking.csv: rank counts from 0, sign is
-    always 1, for latents larger on Q are left out. Needs: auroc, cohens_d."""
-    d, area = cohens_d(f_PL, f_QL), auroc(f_PL, f_QL)
-    mean_P, mean_Q = f_PL.double().mean(0), f_QL.double().mean(0)
-    table = {"cohens_d": d, "auroc": area, "fire_rate_tool": (f_PL > 0).double().mean(0),
-             "fire_rate_nontool": (f_QL > 0).double().mean(0), "diff": mean_P - mean_Q,
-             "mean_tool": mean_P, "mean_nontool": mean_Q}
-    wanted = torch.zeros(len(d), dtype=torch.bool)
-    wanted[only] = True
-    wanted &= d.cpu() > 0
-    order = [i for i in d.argsort(descending=True).tolist() if wanted[i]]
-    table = {name: column.tolist() for name, column in table.items()}
-    return [{"rank": r, "feature_idx": i, **{n: c[i] for n, c in table.items()}, "sign": 1}
-            for r, i in enumerate(order)]
-
-
-# ---------------------------------------------------------------------------------------------
-# 3. Activations: load a pair, read texts, collect
-# ---------------------------------------------------------------------------------------------
-
-
-class Problem(Exception):
-    """Something the user can mend; the message says what and how. Ends a program with status 2."""
-
-
-def resolve(name):
-    """A local folder as it is; a hub name as the folder of its snapshot, downloaded if need be.
-    Needs: Problem."""
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise Problem(f"no model folder at {name}: give one with config.json, or a hub owner/name")
-    from huggingface_hub import HfApi, snapshot_download
-    files = ["*.json", "*.safetensors", "*.txt", "*.jinja", "model.pt"]
+# ---- 3. Activations ------------------------------------------------------------------------------
+def named(get, name, *args, **how):
+    """get(name, ...), whose failure, one of a dozen types, becomes a ValueError with the name."""
     try:
-        HfApi().model_info(name, timeout=20)  # the download itself would wait for minutes
-        offline = False
-    except Exception:  # the hub's client raises some twenty kinds; all mean the same here
-        offline = True  # what was downloaded before still serves
-    try:
-        return Path(snapshot_download(name, allow_patterns=files, local_files_only=offline))
-    except Exception as e:
-        raise Problem(f"no folder {name} here, and none from the hub ({type(e).__name__}): check "
-                      f"name and network, or download it elsewhere and give its folder") from None
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def load_part(auto, name, **how):
-    """A part of a model, AutoTokenizer's or AutoModelForCausalLM's, from a folder or the hub.
-    Needs: Problem, first_line, resolve."""
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    folder = resolve(name)
-    try:
-        return auto.from_pretrained(folder, **how)
-    except Exception as e:  # truncated or foreign file, unknown architecture: a dozen types
-        raise Problem(f"cannot load a model from {name}: {first_line(e)}") from None
-
+        return get(name, *args, **how)
+    except Exception as e:  # truncated, foreign or missing files, other shapes, no network
+        raise ValueError(f"cannot load {name}: {e}") from e
 
 def load_model(name, device):
-    """Model in evaluation mode (bf16 on CUDA, else fp32) and its tokenizer. Raises Problem.
-    Needs: load_part."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """(model in evaluation mode, bf16 on CUDA and fp32 elsewhere; its tokenizer) of a folder or a
+    hub name. Raises ValueError."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = load_part(AutoModelForCausalLM, name, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False), load_part(AutoTokenizer, name)
+    model = named(AutoModelForCausalLM.from_pretrained, name, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False), named(AutoTokenizer.from_pretrained, name)
 
+def token_ids(tokenizer, texts):
+    """Lists of token ids; no token is added, for a chat template has put in its own."""
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 def blocks(model):
-    """The list of a decoder's transformer blocks. Raises Problem for unknown families.
-    Needs: Problem."""
-    for path in ("model.layers", "model.language_model.layers", "language_model.model.layers",
-                 "transformer.h", "gpt_neox.layers", "model.decoder.layers"):
-        found = model
-        for part in path.split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, nn.ModuleList):
-            return found
-    raise Problem(f"do not know where {type(model).__name__} keeps its blocks: add it to blocks()")
-
-
-class DeepEnough(Exception):
-    """Raised by a hook when the deepest layer wanted is done: no more of the pass is needed."""
-
-
-@torch.no_grad()
-def residuals(model, ids, layers):
-    """{layer: (B, T, D)}, outputs of blocks counted from 0: layer 13 is hidden_states[14]. (Of the
-    last block it is the output before the final norm.) The pass ends after the deepest one: no
-    further block, no vocabulary head. Needs: DeepEnough, blocks."""
-    found, deepest = {}, max(layers)
-
-    def keep(layer):
-        def hook(_, __, out):
-            found[layer] = out[0] if isinstance(out, tuple) else out
-            if layer == deepest:
-                raise DeepEnough
-        return hook
-    handles = [blocks(model)[layer].register_forward_hook(keep(layer)) for layer in layers]
-    try:
-        model(input_ids=ids, use_cache=False)
-    except DeepEnough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    """The decoder's transformer blocks: the one list with as many entries as there are layers."""
+    n = model.config.get_text_config().num_hidden_layers
+    found, = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
     return found
 
+@contextlib.contextmanager
+def hooked(model, layer, edit):
+    """While it lasts, the output h_BTD of block `layer`, counted from 0, becomes edit(h_BTD). Gone
+    afterwards, also after an exception. (Paper section 4, patching.)"""
+    handle = blocks(model)[layer].register_forward_hook(lambda _, __, h_BTD: edit(h_BTD))
+    try:
+        yield
+    finally:
+        handle.remove()
 
-def collect(model, tokenizer, texts, layers, positions="last", batch_tokens=None, max_tokens=4096):
-    """Residual vectors after some layers -> {layer: (N, D) fp16 on the CPU}, in order of the texts.
+class DeepEnough(Exception):
+    """Raised in a hook when the layer wanted is done: no more of the pass is needed."""
 
-    positions "last": one row per text, at its last token (paper section 3); "all": one per token.
-    Texts go in batches of like length, padded on the right, where causal attention never looks: the
-    result does not depend on the batch. Texts above max_tokens lose their beginning. Raises Problem
-    for a text without a token or a vector that is not finite. Needs: Problem, blocks, cut_batches,
-    residuals."""
-    from tqdm import tqdm
-    depth, device = len(blocks(model)), next(model.parameters()).device
-    batch_tokens = batch_tokens or (8192 if device.type == "cuda" else 1024)  # CPU: 8192 is slower
-    if not texts:
-        raise Problem("no texts to collect from: give some")
-    if not all(0 <= layer < depth for layer in layers):
-        raise Problem(f"layer {max(layers)} is past the end: the model has layers 0 to {depth - 1}")
-    ids = [i[-max_tokens:] for i in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    if not any(ids):
-        raise Problem("the tokenizer makes no token of any text: are all its files there?")
-    empty = [i for i, text_ids in enumerate(ids) if not text_ids]
-    if empty:
-        raise Problem(f"text {empty[0]} holds no token: remove it")
-    if max(map(max, ids)) >= model.get_input_embeddings().num_embeddings:
-        raise Problem("the tokenizer has more tokens than the model: they do not belong together")
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    out = {layer: [None] * len(ids) for layer in layers}
-    with tqdm(total=len(ids), desc="collect", unit="text", leave=False) as bar:
-        for batch in cut_batches(order, ids, batch_tokens):
-            width = len(ids[batch[-1]])
-            padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in batch])
-            place, end = torch.arange(width), torch.tensor([[len(ids[i])] for i in batch])
-            wanted = (place < end) & ((place == end - 1) | (positions == "all"))
-            for layer, h_BTD in residuals(model, padded.to(device), layers).items():
-                rows = h_BTD[wanted.to(device)].half().cpu()
-                for i, own in zip(batch, rows.split(wanted.sum(1).tolist())):
-                    if not own.isfinite().all():
-                        raise Problem(f"layer {layer} of text {i} is not finite in fp16: "
-                                      f"{texts[i][:60]!r}")
-                    out[layer][i] = own
-            bar.update(len(batch))
-    return {layer: torch.cat(rows) for layer, rows in out.items()}
+@torch.no_grad()
+def residual(model, ids_BT, layer):
+    """h_BTD after block `layer`, and no block or vocabulary head beyond it: layer 13 is
+    hidden_states[14]; of the last block it is the output before the final norm."""
+    found = []
+    def keep(h_BTD):
+        found.append(h_BTD)
+        raise DeepEnough
+    with contextlib.suppress(DeepEnough), hooked(model, layer, keep):
+        model(input_ids=ids_BT, use_cache=False)
+    return found[0]
 
-
-def cut_batches(order, ids, batch_tokens):
-    """Indices sorted by length, cut so that a padded batch holds at most batch_tokens tokens."""
+def alike(ids, batch_tokens):
+    """Places of token lists, in batches of like length with at most batch_tokens when padded."""
     batch = []
-    for i in order:
+    for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
         if batch and (len(batch) + 1) * len(ids[i]) > batch_tokens:
             yield batch
             batch = []
         batch.append(i)
-    if batch:
-        yield batch
+    yield batch
 
+def collect(model, tokenizer, texts, layer):
+    """The residual vector at each text's last token -> (N, D) fp16 on the CPU, in their order.
+    Padding is on the right, where causal attention never looks: the result does not depend on the
+    batch. A text longer than the model's positions (or 4,096) loses its beginning. Raises
+    ValueError where the layer, a token or a finite vector is missing. (Paper section 3.)"""
+    config, depth = model.config.get_text_config(), len(blocks(model))
+    most = 8192 if model.device.type == "cuda" else 1024  # tokens of a batch
+    ids = [i[-min(4096, config.max_position_embeddings):] for i in token_ids(tokenizer, texts)]
+    if not 0 <= layer < depth or not all(ids):
+        raise ValueError(f"no layer {layer} of 0 to {depth - 1}, or a text without a token")
+    out = torch.empty(len(ids), config.hidden_size, dtype=torch.float16)
+    for rows in tqdm(list(alike(ids, most)), "collect", leave=False):
+        some = [ids[i] for i in rows]
+        padded = torch.tensor([i + [0] * (len(some[-1]) - len(i)) for i in some])
+        h_BTD = residual(model, padded.to(model.device), layer)
+        out[rows] = h_BTD[range(len(rows)), [len(i) - 1 for i in some]].half().cpu()
+    if not out.isfinite().all():
+        raise ValueError(f"vectors of layer {layer} are not finite in fp16: try another layer")
+    return out
 
-def read_rows(name, limit=None):
-    """Rows (dicts) of a .jsonl file, lines of a .txt file as {"text": line}, or rows of a hub
-    dataset "owner/name" or "owner/name:config", streamed. Raises Problem naming file and row.
-    Needs: Problem, RowError, hub_rows, read_jsonl."""
-    path = Path(name)
-    if not path.is_file():
-        if path.exists() or path.suffix in (".jsonl", ".txt") or name.count("/") != 1:
-            raise Problem(f"no text file {name}: give a .jsonl, a .txt or a hub dataset owner/name")
-        return hub_rows(name, limit)
-    if path.suffix != ".jsonl":
+def collect_pair(name_a, name_b, texts, layer, cache, device):
+    """Both models' vectors for the same token ids (A's tokenizer) -> x_NMD, fp16 on the CPU. Kept
+    in the folder `cache` under a hash of what changes them, so that 48 settings collect once:
+    texts, layer, the models' files (on the hub, links in a folder named by the commit)."""
+    folders = [Path(named(cached_file, name, "config.json")).parent for name in (name_a, name_b)]
+    files = [f for folder in folders for f in sorted(folder.iterdir()) if not f.is_symlink()]
+    what = str(folders), [(f.name, f.stat().st_mtime_ns) for f in files], texts, layer, device
+    file = Path(cache) / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npy"
+    if not file.exists():
+        (a, tokenizer), (b, other) = load_model(name_a, device), load_model(name_b, device)
+        if tokenizer.get_vocab() != other.get_vocab():
+            raise ValueError(f"{name_a} and {name_b} differ in vocabulary: token ids must agree")
+        x = [collect(model, tokenizer, texts, layer).numpy() for model in (a, b)]
+        with whole(file) as part:
+            np.save(part, np.stack(x, 1))  # raises its own ValueError where widths differ
+    return torch.from_numpy(np.load(file))
+
+@contextlib.contextmanager
+def whole(path):
+    """Yields another place to write to, which becomes `path` when all went well: what bears its
+    name is never half a file, or half a folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as home:
+        yield Path(home, path.name)
+        Path(home, path.name).replace(path)
+
+# ---- 4. Texts ------------------------------------------------------------------------------------
+TOOL_ROW, PLAIN_ROW = ("instruction", "input", "output"), ("text",)  # the texts that a row holds
+
+def read_rows(name, fields, limit=None):
+    """Rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name" or
+    "owner/name:config". Raises ValueError naming file and row, OSError."""
+    if name.endswith(".jsonl"):
+        rows = [line for line in Path(name).read_bytes().split(b"\n") if line.strip()][:limit]
+    else:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (UnicodeDecodeError, OSError) as e:
-            raise Problem(f"{name} is not readable UTF-8 text ({e})") from None
-        return [{"text": line} for line in lines if line.strip()][:limit]
-    from eval_toolcall import RowError, read_jsonl
-    try:
-        rows = read_jsonl(name)[:limit]
-    except RowError as e:
-        raise Problem(f"{name}, {e}") from None
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise Problem(f"{name}, row {number} is not a JSON object")
-    return [row for _, row in rows]
-
-
-def hub_rows(name, limit):
-    """Rows of a dataset on the hub, streamed. Needs: Problem."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise Problem(f"{name} is on the hub, which needs one more package: pip install datasets") \
-            from None
-    name, _, config = name.partition(":")
-    try:
-        stream = load_dataset(name, config or None, split="train", streaming=True)
-        return list(stream if limit is None else stream.take(limit))
-    except Exception as e:
-        raise Problem(f"cannot get {name} from the hub ({type(e).__name__}): check name and "
-                      f"network, or give a local .jsonl or .txt file") from None
-
+            from datasets import load_dataset
+        except ImportError:
+            raise ValueError(f"{name} is no .jsonl; for a dataset: pip install datasets") from None
+        path, _, config = name.partition(":")
+        rows = load_dataset(path, config or None, split="train", streaming=True)
+        rows = list(rows.take(limit) if limit else rows)
+    for i, row in enumerate(rows):
+        try:
+            rows[i] = json.loads(row) if isinstance(row, bytes) else row
+            "".join(rows[i][field] for field in fields).encode()  # half a surrogate pair ends here
+        except (ValueError, LookupError, TypeError, RecursionError) as e:
+            raise ValueError(f"{name}, row {i + 1}, lacks a text {' or '.join(fields)}: {e}") from e
+    return rows
 
 def split_of(row):
     """train | dev | test: the row's own "split", else by a hash of the row, 80 : 10 : 10."""
     lot = zlib.crc32(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()) % 10
-    return row.get("split") or {0: "dev", 1: "test"}.get(lot, "train")
+    split = row.get("split") or {0: "dev", 1: "test"}.get(lot, "train")
+    if split in ("train", "dev", "test"):
+        return split
+    raise ValueError(f"a row's split is {split!r}: train, dev or test is wanted")
 
+def needs_tool(row):
+    """Does the gold answer call a tool? A thought may mention the tag: read is what follows it."""
+    return "<tool_call>" in row["output"].rpartition("</think>")[2]
+
+def prompt_of(row, tokenizer):
+    """The row up to the assistant's turn, in the tokenizer's chat template (how ToolRL trains)."""
+    messages = [{"role": "system", "content": row["instruction"]},
+                {"role": "user", "content": row["input"]}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+def opened(prompt):
+    """What the template has begun to say for the assistant, nothing or the thought's tag: part of
+    the answer when it is scored, and not to be said twice."""
+    return "<think>" if prompt.rstrip().endswith("<think>") else ""
 
 def chunks(text, tokenizer, size=30):
     """Pieces of `size` tokens or a little more that end where a sentence does (paper section 3,
     data); a shorter rest is left out, unless it is all there is."""
     pieces, piece, count = [], [], 0
-    for sentence in re.split(r"(?<=[.!?])\s+|\n+", text):
-        if sentence.strip():
-            piece.append(sentence)
-            count += len(tokenizer(sentence, add_special_tokens=False)["input_ids"])
+    for sentence in filter(str.strip, re.split(r"(?<=[.!?])\s+|\n+", text)):
+        piece.append(sentence)
+        count += len(token_ids(tokenizer, sentence))
         if count >= size:
             pieces, piece, count = pieces + [" ".join(piece)], [], 0
     return pieces if pieces or not piece else [" ".join(piece)]
 
+def tool_texts(rows, tokenizer, n, recipe, seed):
+    """n texts from tool rows. [6] Half are whole prompts up to the assistant's turn, where latents
+    are ranked and patched, a place that the published mix never contains; half the same with the
+    answer, cut at a random blank. recipe "paper": ends of chunks of about 30 tokens only."""
+    prompts = [prompt_of(row, tokenizer) for row in rows]
+    golds = [row["output"].removeprefix(opened(p)) for p, row in zip(prompts, rows)]
+    if recipe == "paper":
+        return [c for p, g in zip(prompts, golds) for c in chunks(f"{p}\n{g}", tokenizer)][:n]
+    rng, out = random.Random(seed), [prompts[i % len(rows)] for i in range(n // 2)]
+    for i in range(n - len(out)):
+        text = prompts[i % len(rows)] + golds[i % len(rows)]
+        out.append(text[:rng.choice([m.start() for m in re.finditer(r"\s", text)])])
+    return out
 
-def render(row, tokenizer):
-    """(prompt up to the assistant's turn, gold text, whether a call is wanted) of a tool row.
-    Needs: Problem, opened, prompt_of, to_record."""
-    from eval_toolcall import opened, prompt_of, to_record
-    try:
-        record = to_record(row)
-        prompt, _ = prompt_of(record, tokenizer)
-    except ValueError as e:  # RowError and CallError
-        raise Problem(f"a tool row cannot be used: {e}") from None
-    return prompt, (record["gold"] or "").removeprefix(opened(prompt)), bool(record["calls"])
+def texts_of(s, tokenizer, split, n, recipe="dfc", seed=0):
+    """n tool texts, then n plain texts, of a split of the rows that the settings s name."""
+    tools, plain = ([row for row in read_rows(*source) if split_of(row) == split] for source in (
+        (s.tool_texts, TOOL_ROW), (s.plain_texts, PLAIN_ROW, 2 * s.n_texts)))
+    if not tools or not plain:
+        raise ValueError(f"{len(tools)} tool and {len(plain)} plain rows for {split}: too few")
+    pieces = [chunk for row in plain for chunk in chunks(row["text"], tokenizer)]
+    return tool_texts(tools, tokenizer, n, recipe, seed) + pieces[:n]
 
-
-def tool_texts(rows, tokenizer, n, recipe, rng):
-    """n texts from tool rows. Departure 6: half are whole prompts up to the assistant's turn, the
-    place where latents are ranked and patched, half the same dialogues with their answer, cut at a
-    random blank; few rows are used again and again. recipe "paper": the ends of chunks of about 30
-    tokens, and nothing else. Needs: chunks, render."""
-    if recipe == "paper" or "text" in rows[0]:
-        whole = [row.get("text") or "\n".join(render(row, tokenizer)[:2]) for row in rows]
-        return [c for text in whole for c in chunks(text, tokenizer)][:n]
-    rendered = [render(row, tokenizer) for row in rows]
-    prompts = [rendered[i % len(rendered)][0] for i in range(n // 2)]
-    cuts = []
-    for i in range(n - len(prompts)):
-        prompt, gold, _ = rendered[i % len(rendered)]
-        blanks = [m.start() for m in re.finditer(r"\s", prompt + gold)]
-        cuts.append((prompt + gold)[:rng.choice(blanks)])
-    return prompts + cuts
-
-
-def plain_texts(rows, tokenizer, n):
-    """n chunks of plain rows. Needs: chunks."""
-    return [c for row in rows for c in chunks(row["text"], tokenizer)][:n]
-
-
-def corpus(tool_rows, plain_rows, tokenizer, n, recipe, seed, n_dev=300):
-    """{name: texts}: "train" (n tool and n plain texts), and from the dev rows "needs" and "none"
-    (prompts that do and do not need a tool, in the same template), "tool" and "plain" (made the
-    same way whatever recipe and seed, so that runs can be compared).
-    Needs: Problem, plain_texts, render, split_of, tool_texts."""
-    import random
-
-    def rows_of(split):
-        tools = [row for row in tool_rows if split_of(row) == split]
-        plains = [row for row in plain_rows if split_of(row) == split]
-        if min(len(tools), len(plains)) < 2:
-            raise Problem(f"{len(tools)} tool and {len(plains)} plain rows for {split}: too few, "
-                          f"give longer files or raise --n-texts")
-        if not all(isinstance(row.get("text"), str) for row in plains):
-            raise Problem('every plain row must hold a "text": see --plain-texts')
-        return tools, plains
-    (tools, plains), (dev_tools, dev_plains) = rows_of("train"), rows_of("dev")
-    prompts = [render(row, tokenizer) for row in dev_tools if "text" not in row][:2 * n_dev]
-    return {
-        "train": tool_texts(tools, tokenizer, n, recipe, random.Random(seed))
-        + plain_texts(plains, tokenizer, n),
-        "tool": tool_texts(dev_tools, tokenizer, n_dev, "dfc", random.Random(0)),
-        "plain": plain_texts(dev_plains, tokenizer, n_dev),
-        "needs": [prompt for prompt, _, wanted in prompts if wanted],
-        "none": [prompt for prompt, _, wanted in prompts if not wanted]}
-
-
-def fingerprint(folder):
-    """What a model folder holds, weights and tokenizer included, as a short hash."""
-    digest = hashlib.sha256()
-    kinds = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
-    for file in sorted(p for p in folder.iterdir() if p.suffix in kinds):
-        digest.update(file.name.encode())
-        with open(file, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def collect_pair(name_a, name_b, texts, layer, positions, cache, device, get_model=load_model):
-    """Both models' vectors for the same token ids (A's tokenizer) -> x_NMD, fp16 on the CPU.
-
-    Kept in `cache` as one array, under a key of everything that changes it; written under another
-    name until whole, so what is there is complete. get_model: load_model, or one that remembers.
-    Needs: Problem, collect, fingerprint, load_model, load_part, resolve."""
-    folders = [resolve(name_a), resolve(name_b)]
-    manifest = {"format": 1, "models": [fingerprint(f) for f in folders], "layer": layer,
-                "positions": positions, "dtype": "bf16" if device == "cuda" else "fp32",
-                "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]}
-    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-    home = Path(cache) / key
-    if (home / "manifest.json").is_file():
-        try:
-            return torch.from_numpy(np.load(home / "x.npy"))
-        except (ValueError, EOFError, OSError):  # damaged from outside: collect again
-            shutil.rmtree(home)
-    from transformers import AutoConfig
-    widths = [load_part(AutoConfig, n).get_text_config().hidden_size for n in (name_a, name_b)]
-    if widths[0] != widths[1]:
-        raise Problem(f"widths differ: {name_a} has {widths[0]}, {name_b} has {widths[1]}")
-    sides, tokenizer = [], None
-    for name in (name_a, name_b):
-        model, own = get_model(name, device)
-        tokenizer = tokenizer or own
-        if own.get_vocab() != tokenizer.get_vocab():
-            raise Problem(f"{name_a} and {name_b} differ in vocabulary: token ids must agree")
-        sides.append(collect(model, tokenizer, texts, [layer], positions)[layer])
-    x_NMD, unfinished = torch.stack(sides, 1), Path(cache) / f"{key}.part{os.getpid()}"
-    try:
-        unfinished.mkdir(parents=True)
-        np.save(unfinished / "x.npy", x_NMD.numpy())
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        unfinished.rename(home)
-    except OSError as e:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if not home.exists():  # else another run was faster
-            raise Problem(f"cannot keep activations in {cache} ({e.strerror or e}): free space, or "
-                          f"give --out on another disk") from None
-    return x_NMD
-
-
-# ---------------------------------------------------------------------------------------------
-# 4. Training, saving, loading
-# ---------------------------------------------------------------------------------------------
-
+# ---- 5. Train, save, load ------------------------------------------------------------------------
+def batches(n, batch, seed):
+    """Indices of one batch after another: every vector once an epoch, in a new order each time."""
+    rng, batch = torch.Generator(), min(batch, n)
+    for epoch in range(2 ** 62):
+        order = torch.randperm(n, generator=rng.manual_seed(seed * 1_000_003 + epoch))
+        yield from order[:n - n % batch].split(batch)
 
 def lr_at(step, steps):
-    """Factor of the learning rate: 5 % warm-up, constant, linear to zero over the last 20 %."""
+    """[7] Factor of the learning rate: 5 % warm-up, constant, linear to zero over the last 20 %.
+    Published: constant, which leaves the noise of the last batches in the weights."""
     return min(1, (step + 1) / max(1, .05 * steps), (steps - step) / max(1, .2 * steps))
 
-
-def batch_indices(n, batch, step, seed):
-    """Indices of one batch: consecutive stretches of a permutation that is new in every epoch; a
-    function of step and seed alone, so that a resumed run continues where it was.
-    Needs: permutation."""
-    batch = min(batch, n)
-    epoch, place = divmod(step, n // batch)
-    return permutation(n, seed * 1_000_003 + epoch)[place * batch:(place + 1) * batch]
-
-
-@functools.lru_cache(maxsize=1)  # drawn once an epoch, not in every step
-def permutation(n, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-
 def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, seed=0, recipe="dfc",
-          aux=1 / 32, dead_after=100, checkpoint=None, every=500):
-    """Fit a crosscoder to raw vectors x_NMD on its device; returns {term: mean share of the loss}.
-
-    steps of `batch` vectors with Adam at lr (paper: 9,000 of 1,024 at 1e-4), gradient norm clipped
-    at 1; on CUDA the encoder's product, and with it the choice and the values of f, is bf16, the
-    rest fp32. l1_shared and l1_excl are the lambdas of l1_loss, aux the weight of aux_loss; a
+          aux=1 / 32, dead_after=100):
+    """Fit a crosscoder to raw vectors x_NMD on their device -> {term: share of the loss} over the
+    last tenth of the steps. Adam, gradient norm clipped at 1; on CUDA the encoder's product, and
+    with it the choice and the values of f, is bf16. l1_*: the lambdas; aux: weight of aux_loss; a
     latent silent for dead_after steps counts as dead. recipe "paper": L1 as a mean over all
-    latents, no revival, constant rate. checkpoint: a file to continue from and to write every
-    `every` steps. The shares are taken over the last tenth. Needs: aux_loss, batch_indices,
-    l1_loss, lr_at, reconstruct, where_true, write."""
-    from tqdm import tqdm
-    device, published = x_NMD.device, recipe == "paper"
+    latents, no revival, constant rate. Raises ValueError where training diverges."""
+    order, published, cuda = batches(len(x_NMD), batch, seed), recipe == "paper", x_NMD.is_cuda
     cc.confine(cc.W_enc.data, cc.W_dec.data)
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pre_BL = torch.empty(min(batch, len(x_NMD)), len(cc.b_enc), dtype=kind, device=device)
-    silent, begin = torch.zeros(len(cc.b_enc), dtype=torch.long, device=device), 0
-    weight = torch.full((len(cc.b_enc),), l1_shared, device=device)
-    weight[:cc.n_a + cc.n_b] = l1_excl
-    shares, look = torch.zeros(3, device=device), 50  # look: a glance at the state every 50 steps
-    if checkpoint and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        cc.load_state_dict(state["cc"])
-        opt.load_state_dict(state["opt"])
-        silent, shares, begin = state["silent"], state["shares"], state["step"]
-    bar = tqdm(range(begin, steps), initial=begin, total=steps, desc="train", leave=False)
-    for step in bar:
-        for group in opt.param_groups:
-            group["lr"] = lr if published else lr * lr_at(step, steps)
-        chosen = batch_indices(len(x_NMD), batch, step, seed).to(device, non_blocking=True)
-        z_BMD = cc.normalise(x_NMD[chosen])
-        with torch.no_grad():  # Sparse brings the gradients
-            parts = (t.to(kind) for t in (cc.b_enc, z_BMD.flatten(1), cc.W_enc.flatten(0, 1)))
-            top = torch.addmm(*parts, out=pre_BL).topk(cc.k, dim=-1, sorted=False)
-        zhat_BMD, f_Bk = reconstruct(cc, z_BMD, (top.values.relu(), top.indices))
+    weight_L = torch.full_like(cc.b_enc.data, l1_shared)
+    weight_L[:cc.n_a + cc.n_b] = l1_excl
+    silent_L, shares = torch.zeros_like(weight_L), weight_L.new_zeros(3)
+    for step in (bar := tqdm(range(steps), desc="train", leave=False)):
+        opt.param_groups[0]["lr"] = lr if published else lr * lr_at(step, steps)
+        z_BMD = cc.normalise(x_NMD[next(order).to(x_NMD.device, non_blocking=True)])
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cuda):  # the encoder's product
+            f_Bk, index_Bk, pre_BL = cc.top(z_BMD)  # without a graph: reconstruct() brings its own
+        zhat_BMD, f_Bk = reconstruct(cc, z_BMD, f_Bk, index_Bk)
         zhat_BMD = zhat_BMD + cc.b_dec
-        mean_L = torch.zeros_like(weight).index_add(0, top.indices.flatten(),
-                                                    f_Bk.flatten() / len(f_Bk))
-        terms = [(z_BMD - zhat_BMD).pow(2).mean(), *z_BMD.new_zeros(2)]
-        if published:
-            terms[1] = (weight * mean_L).mean()
-        else:
-            terms[1] = l1_loss(mean_L, cc.W_dec.flatten(1).norm(dim=1), weight)
-            silent = (silent + 1) * (mean_L == 0)
-            if step % look == 0 or step == begin:  # all that can be dead before the next look
-                candidates = where_true(cc, silent > dead_after - look)
-            terms[2] = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent > dead_after, candidates)
+        mean_L = torch.zeros_like(weight_L).index_add(0, index_Bk.flatten(),
+                                                      f_Bk.flatten() / len(f_Bk))
+        terms = [(z_BMD - zhat_BMD).pow(2).mean(), (weight_L * mean_L).mean(), mean_L.new_zeros(())]
+        if not published:
+            # [2] weighed by the rows' length, or f could be shrunk for free by longer rows; a sum,
+            # for as a mean over all latents lambda = 1e-3 weighs 0.1 % of the loss
+            terms[1] = (weight_L * mean_L * cc.W_dec.flatten(1).norm(dim=1)).sum()
+            silent_L = (silent_L + 1) * (mean_L == 0)
+            terms[2] = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent_L > dead_after)
         opt.zero_grad()
         sum(terms).backward()
         cc.confine(cc.W_enc.grad, cc.W_dec.grad)
         nn.utils.clip_grad_norm_(cc.parameters(), 1.)
         opt.step()
-        if step >= int(.9 * steps):
-            shares += torch.stack(terms).detach()
-        if step % look == 0:
+        shares += torch.stack(terms).detach() * (step >= int(.9 * steps))
+        if step % 50 == 0:  # not more often: to read a figure, a GPU has to wait
             bar.set_postfix(mse=f"{terms[0].item():.4f}")
-        if checkpoint and (step + 1) % every == 0:
-            write(checkpoint, lambda file: torch.save({
-                "cc": cc.state_dict(), "opt": opt.state_dict(), "silent": silent, "shares": shares,
-                "step": step + 1}, file))
+    if not all(p.isfinite().all() for p in (shares, *cc.parameters())):
+        raise ValueError(f"training diverged, nothing is saved: lower --lr {lr:g}")
     return dict(zip(("mse", "l1", "aux"), (shares / shares.sum()).tolist()))
 
-
-def write(path, save_to):
-    """Write a file under another name first, so that what bears its name is always whole.
-    Needs: Problem, first_line."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        save_to(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
-        raise Problem(f"cannot write {path} ({first_line(e)}): free space, or use another disk") \
-            from None
-
-
 def save(cc, folder, **more):
-    """model.safetensors and config.json, in the authors' names and shapes plus mean and scale.
-    Needs: write."""
-    from safetensors.torch import save_file
-    folder.mkdir(parents=True, exist_ok=True)
+    """model.safetensors and config.json, in the authors' names and shapes plus mean and scale."""
+    folder.mkdir()
+    enc_mask, dec_mask = torch.ones(2, 1, len(cc.b_enc)), torch.ones(len(cc.b_enc), 2, 1)
+    cc.confine(enc_mask, dec_mask)
+    state = cc.state_dict() | {"enc_mask": enc_mask[:, 0], "dec_mask": dec_mask[..., 0]}
+    save_file({n: t.cpu().contiguous() for n, t in state.items()}, folder / "model.safetensors")
     config = {"activation_dim": cc.b_dec.shape[1], "dict_size": len(cc.b_enc), "k": cc.k,
-              "n_a": cc.n_a, "n_b": cc.n_b, "tied": cc.tied, **more}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in cc.state_dict().items()}
-    write(folder / "model.safetensors", lambda file: save_file(tensors, file))
-    write(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=1)))
-
+              "n_a": cc.n_a, "n_b": cc.n_b, "tied": cc.tied} | more
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 def load(name, device="cpu"):
-    """A crosscoder from a run folder or from the hub; the paper's checkpoints too (model.pt, read
-    without executing anything; mean 0 and scale 1). Raises Problem.
-    Needs: Crosscoder, Problem, first_line, resolve."""
-    folder = resolve(name)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if (folder / "model.safetensors").exists():
-            from safetensors.torch import load_file
-            state = load_file(folder / "model.safetensors")
-        else:
-            state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-        mask = state.get("dec_mask", torch.ones(len(state["b_enc"]), 2)).float()
-        n_a, n_b = int((mask[:, 1] == 0).sum()), int((mask[:, 0] == 0).sum())
-        cc = Crosscoder(state["b_dec"].shape[1], len(mask), config["k"], n_a, n_b,
-                        config.get("tied", False))
-        if not torch.equal(cc.dec_mask, mask):
-            raise ValueError("its latents are not ordered A-exclusive, B-exclusive, shared")
-        state = dict(cc.named_buffers()) | state  # what an older file lacks: mean, scale, masks
-        cc.load_state_dict({n: t.float() for n, t in state.items()})
-    except Exception as e:  # truncated, foreign, pickled code, other shapes: a dozen types
-        raise Problem(f"{name} holds no crosscoder that can be read: {first_line(e)}") from None
-    return cc.to(device)
+    """A crosscoder from a run folder or from the hub; the authors' too (model.pt, read without
+    executing anything; without mean and scale, which are lost). Raises ValueError."""
+    return named(read_crosscoder, name).to(device)
 
-
-# ---------------------------------------------------------------------------------------------
-# 5. The main job
-# ---------------------------------------------------------------------------------------------
-
-HERE = Path(__file__).resolve().parent
-PRESETS = {  # which models, data, layer and sizes
-    "tiny": dict(model_a=f"{HERE}/tiny/toolrl", model_b=f"{HERE}/tiny/base", layer=3,
-                 tool_texts=f"{HERE}/tiny/tools.jsonl", plain_texts=f"{HERE}/tiny/text.jsonl",
-                 n_texts=3000, dict=512, k=8, excl=.1, excl_b=0., tie_shared=True, steps=1200,
-                 batch=512, lr=1e-3),
-    "paper": dict(model_a="chengq9/ToolRL-Qwen2.5-3B", model_b="Qwen/Qwen2.5-3B", layer=13,
-                  tool_texts="emrecanacikgoz/ToolRL",
-                  plain_texts="HuggingFaceFW/fineweb:sample-10BT",
-                  n_texts=40_000, dict=8192, k=45, excl=.1, excl_b=.1, tie_shared=True, steps=9000,
-                  batch=1024, lr=1e-4),
-}
-L1 = {"dfc": 2e-5, "paper": 1e-3}  # default lambdas: 1 to 10 % of the loss; as published
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message):
-        raise Problem(f"{message} (see --help)")
-
-
-def number(kind, low, high=float("inf")):
-    """An argparse type: a finite number in [low, high]."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-        return value
-    return parse
-
-
-def parse_args(argv):
-    p = Parser(prog="dfc.py", description="Train a Dedicated Feature Crosscoder on two models.")
-    whole, share, weight = number(int, 1), number(float, 0, .5), number(float, 0)
-    p.add_argument("--preset", choices=PRESETS, default="tiny", help="models, data, layer, sizes")
-    p.add_argument("--recipe", choices=L1, default="dfc", help="how to train; paper = as published")
-    p.add_argument("--model-a", help="the RL-tuned model: a folder or a hub name")
-    p.add_argument("--model-b", help="its base; the same as --model-a for the null experiment")
-    p.add_argument("--tool-texts", help=".jsonl of tool rows, .txt, or hub dataset[:config]")
-    p.add_argument("--plain-texts", help="the same with plain texts")
-    p.add_argument("--n-texts", type=whole, help="training texts of each of the two kinds")
-    p.add_argument("--layer", type=number(int, 0), help="output of this block, counted from 0")
-    p.add_argument("--positions", choices=["last", "all"], default="last", help="vectors per text")
-    p.add_argument("--dict", type=whole, help="latents L")
-    p.add_argument("--k", type=whole, help="active latents per pair of vectors")
-    p.add_argument("--excl", type=share, help="A-exclusive share of latents; 0 = plain crosscoder")
-    p.add_argument("--excl-b", type=share, help="B-exclusive share (default: as --excl, where that "
-                   "is given or the recipe is paper; else the preset's)")
-    p.add_argument("--tie-shared", action=argparse.BooleanOptionalAction,
-                   help="one decoder row for both models in shared latents")
-    p.add_argument("--l1-shared", type=weight, help="lambda of the shared latents")
-    p.add_argument("--l1-excl", type=weight, help="lambda of the exclusive latents")
-    p.add_argument("--steps", type=whole, help="training steps")
-    p.add_argument("--batch", type=whole, help="vectors in a step")
-    p.add_argument("--lr", type=weight, help="highest learning rate of Adam")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of weights, texts and batches")
-    p.add_argument("--out", type=Path, help="run folder (default: runs/NAME); activations are kept "
-                   "beside it, in cache/")
-    p.add_argument("--resume", action="store_true", help="continue a killed run, skip a whole one")
-    return settle(p.parse_args(argv))
-
-
-def settle(args):
-    """Fill in what was not asked for: the recipe's word goes before the preset's."""
-    preset = dict(PRESETS[args.preset])
-    if args.excl is not None or args.recipe == "paper":
-        preset["excl_b"] = preset["excl"] if args.excl is None else args.excl
-    if args.recipe == "paper" or args.excl == 0:
-        preset["tie_shared"] = False  # tied and without exclusive latents, A and B could not differ
-    for name, value in preset.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("l1_shared", "l1_excl"):
-        if getattr(args, name) is None:
-            setattr(args, name, L1[args.recipe])
-    for name in ("model_a", "model_b"):  # one spelling of a folder, so that runs can be compared
-        if Path(getattr(args, name)).is_dir():
-            setattr(args, name, str(Path(getattr(args, name)).resolve()))
-    if args.k > args.dict:
-        raise Problem(f"--k {args.k} is larger than the dictionary, --dict {args.dict}: lower it")
-    if args.tie_shared and not args.excl + args.excl_b:
-        raise Problem("--tie-shared without exclusive latents leaves no room for a difference")
-    args.out = args.out or Path("runs") / run_name(args)
-    return args
-
-
-def run_name(args):
-    """The published name of a setting (dfc-D8k-excl10-k45), then what is ours. Other models, texts
-    or steps need their own --out."""
-    exclusive = args.excl + args.excl_b > 0
-    size = f"D{args.dict}" if args.dict % 1024 or args.dict < 8192 else f"D{args.dict // 1024}k"
-    name = f"dfc-{size}-excl{100 * args.excl:g}" if exclusive else f"cc-{size}"
-    name += "-freeexcl" * (exclusive and args.l1_excl == 0) + "-nol1" * (args.l1_shared == 0)
-    name += f"-k{args.k}" + f"-b{100 * args.excl_b:g}" * (args.excl_b != args.excl)
-    name += "-tied" * args.tie_shared + "-paper" * (args.recipe == "paper")
-    return name + f"-layer{args.layer}-seed{args.seed}"
-
-
-CONTRASTS = {"needs/none": ("needs", "none"), "tool/plain": ("tool", "plain")}
-
-
-@torch.no_grad()
-def measure(cc, sets, shares):
-    """The figures of the report, from {name: x_NMD}: FVE on dev texts made as the training texts
-    are, L0 and live latents on the training texts."""
-    codes = {name: torch.cat([cc.encode(v.to(cc.b_dec.device)).cpu() for v in x.split(1024)])
-             for name, x in sets.items() if name != "train"}
-    rate = sum(cc.encode(v.to(cc.b_dec.device)).gt(0).float().sum(0)
-               for v in sets["train"].split(1024)) / len(sets["train"])
-    held_out = torch.cat([sets["tool"], sets["plain"]]).float().to(cc.b_dec.device)
-    explained = fve(held_out, torch.cat([cc(v)[0] for v in held_out.split(1024)])).tolist()
-    out = {"fve": dict(zip("AB", explained)), "l0": {}, "live": {}, "loss_share": shares,
-           "ranking": {}}
-    for name, part in cc.partitions().items():
-        out["l0"][name] = rate[part].sum().item()
-        out["live"][name] = (rate[part] > 0).float().mean().item() if len(rate[part]) else 0.
-        out["ranking"][name] = {
-            contrast: rank_latents(codes[p], codes[q], part)[:5]
-            for contrast, (p, q) in CONTRASTS.items() if min(len(codes[p]), len(codes[q])) > 1}
-    return out
-
-
-def report(args, m):
-    """The result as a few aligned lines."""
-    c, (a, b) = m["counts"], (os.path.relpath(n) if Path(n).exists() else n
-                              for n in (args.model_a, args.model_b))
-    print(f"pair      A {a}   B {b}   layer {args.layer}, width {c['width']}")
-    print(f"data      {c['train']} vectors, {c['outliers']} left out as outliers; dev: "
-          + ", ".join(f"{c[n]} {n}" for n in ("needs", "none", "tool", "plain")))
-    tied = "tied" if args.tie_shared else "untied"
-    print(f"latents   {args.dict}, k {args.k}, A-exclusive {c['n_a']}, B-exclusive {c['n_b']}, "
-          f"shared {tied}, recipe {args.recipe}, seed {args.seed}")
-    print(f"FVE       A {m['fve']['A']:.3f}   B {m['fve']['B']:.3f}   (dev)")
-    for title, key in (("L0", "l0"), ("live", "live")):
-        print(f"{title:10s}" + "   ".join(f"{NAMES[n]} {v:.2f}" for n, v in m[key].items()))
-    print("loss      " + "   ".join(f"{n} {100 * v:.1f} %" for n, v in m["loss_share"].items()))
-    print(f"seconds   collect {m['seconds']['collect']:.0f}   train {m['seconds']['train']:.0f}")
-    for part in ("a_excl", "shared"):
-        for contrast, rows in m["ranking"][part].items():
-            if rows:
-                print(f"\n{NAMES[part] + ', ' + contrast:28s} latent      d   AUROC   "
-                      f"fires on {contrast}")
-            for r in rows:
-                print(f"{'':28s} {r['feature_idx']:6d} {r['cohens_d']:6.2f}  {r['auroc']:6.3f}   "
-                      f"{r['fire_rate_tool']:.2f} / {r['fire_rate_nontool']:.2f}")
-
-
-def software():
-    import transformers
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-            "transformers": transformers.__version__}
-
-
-def gather(args, device, with_train=True):
-    """Texts, then both models' vectors for them -> ({set: x_NMD}, outliers taken out of "train");
-    with_train False: the dev sets alone."""
-    from transformers import AutoTokenizer
-    tool = read_rows(args.tool_texts)
-    plain = read_rows(args.plain_texts, 2 * args.n_texts)
-    tokenizer = load_part(AutoTokenizer, args.model_a)
-    sets = corpus(tool, plain, tokenizer, args.n_texts, args.recipe, args.seed)
-    train_texts = sets.pop("train")
-    wanted = [([t for texts in sets.values() for t in texts], "last")]
-    if with_train:
-        wanted.append((train_texts, args.positions))
-    get_model = functools.cache(load_model)  # both models once, for all the texts
-    x = [collect_pair(args.model_a, args.model_b, texts, args.layer, where,
-                      args.out.parent / "cache", device, get_model) for texts, where in wanted]
-    out = dict(zip(sets, x[0].split([len(texts) for texts in sets.values()])))
-    if not with_train:
-        return out, 0
-    norms = x[1].float().norm(dim=2)
-    keep = (norms <= 10 * norms.median(0).values).all(1)  # attention sinks: a few huge vectors
-    return out | {"train": x[1][keep]}, int((~keep).sum())
-
-
-def start(args, x_NMD):
-    """The crosscoder before training, on the device of its vectors."""
-    torch.manual_seed(args.seed)
-    n_a, n_b = int(args.excl * args.dict), int(args.excl_b * args.dict)
-    cc = Crosscoder(x_NMD.shape[2], args.dict, args.k, n_a, n_b, args.tie_shared).to(x_NMD.device)
-    cc.fit_scale(x_NMD)
-    if args.recipe == "paper":
-        with torch.no_grad():  # published: encoder and decoder drawn independently, no fair start
-            cc.W_enc.normal_(std=cc.W_enc.std().item())
-    else:
-        cc.fair_start(x_NMD[batch_indices(len(x_NMD), 4096, 0, args.seed).to(x_NMD.device)])
+def read_crosscoder(name):
+    c = json.loads(Path(cached_file(name, "config.json")).read_text())
+    cc = Crosscoder(c["activation_dim"], c["dict_size"], c["k"], c["n_a"], c["n_b"], c.get("tied"))
+    state = load_file(cached_file(name, "model.safetensors")) if "tied" in c else torch.load(
+        cached_file(name, "model.pt"), map_location="cpu", weights_only=True)
+    state = {key: t.float() for key, t in state.items() if not key.endswith("mask")}
+    cc.load_state_dict(dict(cc.named_buffers()) | state)
+    cc.confine(cc.W_enc.data, cc.W_dec.data)
     return cc
 
+# ---- 6. The program ------------------------------------------------------------------------------
+TINY = f"{Path(__file__).resolve().parent}/tiny"
+SETTINGS = {  # name: (on the embedded pair, on the paper's pair, help)
+    "model_a": (f"{TINY}/toolrl", "chengq9/ToolRL-Qwen2.5-3B", "the RL-tuned model: folder or hub"),
+    "model_b": (f"{TINY}/base", "Qwen/Qwen2.5-3B", "its base; for the null experiment A once more"),
+    "tool_texts": (f"{TINY}/tools.jsonl", "emrecanacikgoz/ToolRL", "tool rows: .jsonl or dataset"),
+    "plain_texts": (f"{TINY}/text.jsonl", "HuggingFaceFW/fineweb:sample-10BT", "plain rows"),
+    "n_texts": (3000, 40_000, "training texts of each of the two kinds"),
+    "layer": (2, 13, "vectors are the output of this block, counted from 0"),
+    "dict": (512, 8192, "latents L"),
+    "k": (8, 45, "active latents per pair of vectors"),
+    "excl": (.1, .1, "A-exclusive share of the latents; 0 = the plain crosscoder"),
+    "steps": (1200, 9000, "training steps"),
+    "batch": (512, 1024, "vectors in a step"),
+    "lr": (1e-3, 1e-4, "highest learning rate of Adam"),
+    "seed": (0, 0, "of weights, texts and batches")}
+RECIPE = {  # name: (as this file trains, as published, help)
+    "excl_b": (0., None, "B-exclusive share; None = as large as A's"),
+    "tie_shared": (True, False, "one decoder row for both models in shared latents"),
+    "l1_shared": (2e-5, 1e-3, "lambda of shared latents"),  # 2e-5 by [2]: 1 to 10 % of the loss
+    "l1_excl": (2e-5, 1e-3, "lambda of exclusive latents")}
 
-def run(args):
-    """Collect, train, save and report; returns the metrics."""
-    done, checkpoint = args.out / "metrics.json", args.out / "checkpoint.pt"
-    if done.exists() or checkpoint.exists():
-        if not args.resume:
-            raise Problem(f"{args.out} holds a run: --resume continues it, --out starts another")
-        check_same(args)
-        if done.exists():
-            print(f"{args.out} is finished; nothing to do")
-            return json.loads(done.read_text())
-    device, began = "cuda" if torch.cuda.is_available() else "cpu", time.time()
-    args.out.mkdir(parents=True, exist_ok=True)
-    config = as_json(args)
-    write(args.out / "run.json", lambda f: f.write_text(json.dumps(config, indent=1)))
-    sets, outliers = gather(args, device)
-    collected, x = time.time(), sets["train"].to(device)
-    cc = start(args, x)
-    shares = train(cc, x, args.steps, args.batch, args.lr, args.l1_shared, args.l1_excl, args.seed,
-                   args.recipe, checkpoint=checkpoint)
-    trained = time.time()
-    m = measure(cc, sets, shares)
-    m |= {"seconds": {"collect": collected - began, "train": trained - collected},
-          "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-          "versions": software(), "seed": args.seed, "config": config,
-          "counts": {n: len(s) for n, s in sets.items()} | {
-              "outliers": outliers, "width": x.shape[2], "n_a": cc.n_a, "n_b": cc.n_b}}
-    save(cc, args.out, layer=args.layer, recipe=args.recipe)
-    write(done, lambda f: f.write_text(json.dumps(m, indent=1)))
-    checkpoint.unlink(missing_ok=True)
-    report(args, m)
-    print(f"\nsaved {args.out}")
-    return m
+def parse_args(argv):
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    p.add_argument("--preset", choices=["tiny", "paper"], default="tiny",
+                   help="models, texts, layer and sizes: the embedded pair's or the paper's")
+    p.add_argument("--recipe", choices=["dfc", "paper"], default="dfc",
+                   help="how to train: as this file says, or as published")
+    p.add_argument("--out", type=Path, help="run folder (default: runs/ and what was asked for)")
+    for name, (ours, paper, text) in (SETTINGS | RECIPE).items():
+        how = {"action": argparse.BooleanOptionalAction} if ours is True else {"type": type(ours)}
+        p.add_argument(f"--{name.replace('_', '-')}", help=f"{text} ({ours}; {paper})", **how)
+    s = p.parse_args(argv)
+    asked = {name: value for name, value in vars(s).items() if value not in (None, "tiny", "dfc")}
+    s.out = s.out or Path("runs", s.preset + "".join(
+        f"-{name}{Path(str(value)).name}" for name, value in asked.items()))
+    for table, paper in ((SETTINGS, s.preset == "paper"), (RECIPE, s.recipe == "paper")):
+        vars(s).update({name: values[paper] for name, values in table.items()} | asked)
+    s.excl_b = s.excl if s.excl_b is None else s.excl_b
+    s.n_a, s.n_b = int(s.excl * s.dict), int(s.excl_b * s.dict)
+    s.tie_shared &= s.n_a + s.n_b > 0  # [5] with nothing exclusive A and B could not differ
+    if min(s.n_texts, s.steps, s.batch) < 1 or not 0 <= s.seed < 2 ** 31:
+        raise ValueError("--n-texts, --steps, --batch must be 1 or more, --seed from 0 to 2^31")
+    with torch.device("meta"):  # raises ValueError for sizes that cannot be
+        Crosscoder(1, s.dict, s.k, s.n_a, s.n_b)
+    return s
 
+@torch.no_grad()
+def measure(cc, x_NMD, dev_NMD):
+    """FVE on dev texts; on the training texts L0, the active latents per pair of vectors, and the
+    share of latents that are live, i.e. ever fire, both per partition."""
+    fires_L = sum((cc.encode(v) > 0).sum(0) for v in x_NMD.split(1024)) / len(x_NMD)
+    fires = {name: fires_L[part] for name, part in cc.parts().items()}
+    return {"fve": dict(zip("AB", fve(dev_NMD.float(), cc(dev_NMD)[0]).tolist())),
+            "l0": {name: f.sum().item() for name, f in fires.items()},
+            "live": {name: (f > 0).float().mean().item() for name, f in fires.items()}}
 
-def as_json(args):
-    """The settings as run.json holds them."""
-    return json.loads(json.dumps(vars(args), default=str))
+def run(s, device):
+    """Collect, train, measure, save -> metrics. The folder gets its name when all is in it."""
+    began, tokenizer = time.time(), named(AutoTokenizer.from_pretrained, s.model_a)
+    texts = (texts_of(s, tokenizer, "train", s.n_texts, s.recipe, s.seed),
+             texts_of(s, tokenizer, "dev", 300))  # the same for every recipe and seed
+    x_NMD, dev_NMD = (collect_pair(s.model_a, s.model_b, t, s.layer, s.out.parent / "cache", device)
+                      .to(device) for t in texts)
+    norms_NM = x_NMD.float().norm(dim=2)
+    x_NMD = x_NMD[(norms_NM <= 10 * norms_NM.median(0).values).all(1)]  # no attention sinks
+    torch.empty(8 * s.dict * x_NMD[0].numel(), device=device)  # do weights, gradients, Adam fit?
+    collected, _ = time.time(), torch.manual_seed(s.seed)
+    cc = Crosscoder(x_NMD.shape[2], s.dict, s.k, s.n_a, s.n_b, s.tie_shared).to(device)
+    cc.fit_scale(x_NMD)
+    if s.recipe == "paper":  # encoder and decoder drawn independently
+        cc.W_enc.data.normal_(std=cc.W_enc.std().item())
+    else:
+        cc.fair_start(x_NMD[next(batches(len(x_NMD), 4096, s.seed)).to(device)])
+    loss = train(cc, x_NMD, s.steps, s.batch, s.lr, s.l1_shared, s.l1_excl, s.seed, s.recipe)
+    m = measure(cc, x_NMD, dev_NMD) | {
+        "loss": loss, "seconds": {"collect": collected - began, "train": time.time() - collected},
+        "pairs": len(x_NMD), "config": vars(s) | {"out": str(s.out)}, "device": device,
+        "versions": {p.__name__: p.__version__ for p in (torch, np, transformers)}}
+    with whole(s.out) as part:
+        save(cc, part, layer=s.layer)
+        (part / "metrics.json").write_text(json.dumps(m, indent=1))
 
-
-def check_same(args):
-    """A run is continued only with the settings it was begun with."""
-    before, now = json.loads((args.out / "run.json").read_text()), as_json(args)
-    other = [n for n in now if n not in ("resume", "out") and before.get(n) != now[n]]
-    if other:
-        raise Problem(f"{args.out} was begun with another {', '.join(other)}: use the same, or "
-                      f"another --out")
-
+def read_metrics(folder):
+    """metrics.json of a finished run. Raises ValueError where there is none of ours."""
+    try:
+        m = json.loads((Path(folder) / "metrics.json").read_text())
+        return m | {"config": {name: m["config"][name] for name in m["config"].keys() | SETTINGS}}
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"{folder} is no finished run of dfc.py ({type(e).__name__}: {e})") from e
 
 def cli(main, argv=None):
-    """Run a program's main; what the user can mend is one line on stderr and status 2."""
+    """Run a program's main. What the user can mend, a ValueError or an OSError, ours or a
+    library's, or too little memory, becomes one line and exit status 2; the rest are bugs."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
-        main(argv)
-        return 0
-    except Problem as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        return main(argv)
+    except (ValueError, OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())[:400]}", file=sys.stderr)
         return 2
-    except OSError as e:
-        print(f"{Path(sys.argv[0]).name}: {e.strerror or e}: {e.filename or ''} (is it there? "
-              f"space? permission?)", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here (dfc.py with --resume)",
-              file=sys.stderr)
-        return 130
-
 
 def main(argv=None):
-    run(parse_args(argv))
-
+    s = parse_args(argv)
+    if not s.out.exists():
+        run(s, "cuda" if torch.cuda.is_available() else "cpu")
+    m = read_metrics(s.out)  # nothing but a run of ours is ever taken for one
+    if other := [k for k, v in vars(s).items() if k != "out" and m["config"].get(k) != v]:
+        raise ValueError(f"{s.out} is a run with another {', '.join(other)}: give another --out")
+    for name, text in (("fve", "of the variance of dev texts"), ("l0", "active latents a pair"),
+                       ("live", "of the latents ever fire"), ("loss", "of the loss")):
+        print(f"{name:8s}" + "".join(f"{k} {v:.4g}   " for k, v in m[name].items()) + text)
+    print(f"saved   {s.out}; next: python eval_toolcall.py {s.out}, python steer.py {s.out}")
 
 if __name__ == "__main__":
     sys.exit(cli(main))

@@ -1,238 +1,238 @@
-"""What dfc costs beside the machine's limits, the published loops and other libraries.
+"""What dfc costs, beside the published loops and other libraries.
 
-    python extras/bench.py             # training steps and collection: 1 to 2 minutes on 2 cores
-    python extras/bench.py generate    # batched answers against one prompt at a time
-    python extras/bench.py grid        # the steering grid against a loop over cells and prompts
+    python extras/bench.py            # training: a whole run, then steps: six minutes on 2 CPU cores
+    python extras/bench.py collect    # activations: half a minute
+    python extras/bench.py generate   # patched answers, the unit of every grid: a minute
+    python extras/bench.py real       # Qwen2.5-3B's shape, random weights, through everything: two
 
-Contenders take turns, so that what else the machine does hits all alike. Printed: the median, (the
-range) and how many times the first line. Only ratios of one run mean anything. "dense count": 10 B
-2D L operations (encoder and decoder, forward and backward) at the rate of the encoder's product and
-Adam's 28 bytes for each of 4 D L weights at the speed of a copy. A step can be below it: all but
-the encoder's forward product touches k of L latents. "published": fp32, masked dense weights, a
-second forward for statistics, .item() in every step. Others: TopK autoencoders of both vectors laid
-end to end, which are the same products.
+"published" is the published loop, written again: fp32, dense products over all latents, a second
+forward pass for statistics and .item() in every step; for collection batches of 8 texts in their
+order, all layers kept; for answers one prompt at a time, the whole prompt again for every version.
+Contenders take turns, so that what else the machine does hits all alike; printed are the median, the
+range, and how many times the first line. Only ratios within one run mean anything.
+
+The figure to claim is the whole run's, with dead latents and their revival: steps on fresh weights,
+where nothing can be dead yet, are faster. For two other libraries (TopK autoencoders of both vectors
+laid end to end, which are the same products; the constraint keeps torch as it is):
+
+    pip install -c requirements.txt dictionary-learning eai-sparsify
 """
 
+import argparse
 import contextlib
-import io
 import os
 import resource
 import sys
-import tempfile
 import time
-from collections import namedtuple
 from pathlib import Path
 
-os.environ["TQDM_DISABLE"] = "1"
-import torch  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import dfc  # noqa: E402
-import eval_toolcall as ev  # noqa: E402
-import steer  # noqa: E402
-from extras import grid as grid_of  # noqa: E402
+import dfc
+import eval_toolcall as ev
+import steer
 
-DEVICE, TINY = "cuda" if torch.cuda.is_available() else "cpu", dfc.PRESETS["tiny"]
-Shape = namedtuple("Shape", "D L k batch")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+os.environ["TQDM_DISABLE"] = "1"
+if DEVICE == "cpu":
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # eai-sparsify: triton compiles for GPUs only
 
+# ---- 1. Clocks -----------------------------------------------------------------------------------
 
-def timed(act, n=1, each=1):
-    """A contender: a function that returns the milliseconds of each of `each` parts of act()."""
-    def run():
-        torch.cuda.synchronize() if DEVICE == "cuda" else None
-        began = time.perf_counter()
-        for _ in range(n):
-            act()
-        torch.cuda.synchronize() if DEVICE == "cuda" else None
-        return 1e3 * (time.perf_counter() - began) / n / each
-    return run
-
+def seconds(act):
+    """How long act() takes, with what it left on the GPU."""
+    began = time.perf_counter()
+    act()
+    torch.cuda.synchronize() if DEVICE == "cuda" else None
+    return time.perf_counter() - began
 
 def race(title, contenders, turns=5):
-    print(f"\n{title}")
+    """{name: (act, parts)}: milliseconds of one part, contenders taking turns; the first turn warms
+    up and does not count."""
     times = {name: [] for name in contenders}
     for turn in range(turns + 1):
-        for name, run in contenders.items():
-            times[name] += [run()] * (turn > 0)  # the first turn warms up
+        for name, (act, parts) in contenders.items():
+            times[name] += [1e3 * seconds(act) / parts] * (turn > 0)
+    print(f"\n{title}")
     first = sorted(next(iter(times.values())))[turns // 2]
     for name, t in times.items():
         median = sorted(t)[turns // 2]
-        print(f"  {name:36s}{median:9.1f} ms ({min(t):.1f}-{max(t):.1f}), {median / first:.2f} x",
+        print(f"  {name:40s}{median:9.1f} ms ({min(t):.1f}-{max(t):.1f})  {median / first:.2f} x",
               flush=True)
 
+# ---- 2. Training ---------------------------------------------------------------------------------
 
-def start(s, tied=True):
-    torch.manual_seed(0)
-    x = torch.randn(4 * s.batch, 2, s.D, device=DEVICE)
-    return x, dfc.Crosscoder(s.D, s.L, s.k, s.L // 10, 0 if tied else s.L // 10, tied).to(DEVICE)
-
-
-def ours(s, **how):
-    x, cc = start(s)
-    n = 200 if DEVICE == "cuda" else 10  # with all that precedes the first step
-    return timed(lambda: dfc.train(cc, x, n, s.batch, **how), each=n)
-
-
-def published(s):
-    x, cc = start(s, tied=False)
+def published_steps(x_NMD, L, k, batch, n):
+    """n steps of the published loop, as a function."""
+    cc = dfc.Crosscoder(x_NMD.shape[2], L, k, L // 10, L // 10).to(DEVICE)
     opt = torch.optim.Adam(cc.parameters(), lr=1e-4)
 
     def step():
-        z = x[torch.randint(len(x), (s.batch,), device=DEVICE)]
-        zhat, f = cc(z)  # the plain definition
+        z_BMD = x_NMD[torch.randint(len(x_NMD), (batch,), device=DEVICE)].float()
+        zhat_BMD, f_BL = cc(z_BMD)
         opt.zero_grad()
-        ((z - zhat).pow(2).mean() + 1e-3 * f.abs().mean()).backward()
+        ((z_BMD - zhat_BMD).pow(2).mean() + 1e-3 * f_BL.abs().mean()).backward()
         torch.nn.utils.clip_grad_norm_(cc.parameters(), 1.)
         opt.step()
         with torch.no_grad():
-            zhat, f = cc(z)
-            return (z - zhat).var().item(), f.gt(0).sum(1).float().mean().item()
-    return timed(step, 3)
+            zhat_BMD, f_BL = cc(z_BMD)
+            return (z_BMD - zhat_BMD).var().item(), f_BL.gt(0).sum(1).float().mean().item()
+    return lambda: [step() for _ in range(n)]
 
+def our_steps(x_NMD, L, k, batch, n, **how):
+    cc = dfc.Crosscoder(x_NMD.shape[2], L, k, L // 10, 0, True).to(DEVICE)
+    return lambda: dfc.train(cc, x_NMD, n, batch, **how)
 
-def others(s):
+def others(x_NMD, L, k, batch, n):
+    """One step of each other library that is installed, n times."""
     try:
         from dictionary_learning.trainers.top_k import TopKTrainer
         from sparsify import SparseCoder, SparseCoderConfig
     except ImportError as e:
-        print(f"\nothers: pip install dictionary-learning eai-sparsify ({e})")
+        print(f"others left out ({e}): pip install -c requirements.txt dictionary-learning "
+              "eai-sparsify")
         return {}
-    x, none_dead = start(s)[0][:s.batch].flatten(1), torch.zeros(s.L, dtype=torch.bool)
-    trainer = TopKTrainer(10 ** 6, 2 * s.D, s.L, s.k, 0, "", lr=1e-4, seed=0, device=DEVICE)
-    coder = SparseCoder(2 * s.D, SparseCoderConfig(num_latents=s.L, k=s.k), device=DEVICE)
+    x_BE, none_dead = x_NMD[:batch].flatten(1).float(), torch.zeros(L, dtype=torch.bool).to(DEVICE)
+    trainer = TopKTrainer(10 ** 6, x_BE.shape[1], L, k, 0, "", lr=1e-4, seed=0, device=DEVICE)
+    coder = SparseCoder(x_BE.shape[1], SparseCoderConfig(num_latents=L, k=k), device=DEVICE)
     opt = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
 
     def step():  # its own loop needs a language model
         coder.set_decoder_norm_to_unit_norm()
-        coder(x, dead_mask=none_dead.to(DEVICE)).fvu.backward()
+        coder(x_BE, dead_mask=none_dead).fvu.backward()
         coder.remove_gradient_parallel_to_decoder_directions()
         opt.step()
         opt.zero_grad()
-    return {"dictionary-learning, TopKTrainer": timed(lambda: trainer.update(2000, x), 3),
-            "eai-sparsify, SparseCoder": timed(step, 3)}
+    return {"dictionary-learning, TopKTrainer": (
+        lambda: [trainer.update(2000, x_BE) for _ in range(n)], n),
+        "eai-sparsify, SparseCoder": (lambda: [step() for _ in range(n)], n)}
 
-
-def dense_count(s):
-    kind = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    a, b = (torch.randn(*size).to(DEVICE, kind) for size in ((s.batch, 2 * s.D), (2 * s.D, s.L)))
-    out, big = a @ b, torch.zeros(2, 2 ** 25, device=DEVICE)
-    product, copy = timed(lambda: torch.mm(a, b, out=out), 3), timed(lambda: big[0].copy_(big[1]))
-    return lambda: 5 * product() + copy() * 28 * 4 * s.D * s.L / (8 * 2 ** 25)
-
-
-def peak():
-    return torch.cuda.max_memory_allocated() / 2 ** 20 if DEVICE == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
-
+def whole_run(sample=20):
+    """python dfc.py --dict 8192 --k 45, all its steps, between two samples of the published loop."""
+    s = dfc.parse_args(["--dict", "8192", "--k", "45"])
+    texts = dfc.texts_of(s, AutoTokenizer.from_pretrained(s.model_a), "train", s.n_texts)
+    x_NMD = dfc.collect_pair(s.model_a, s.model_b, texts, s.layer, "runs/cache", DEVICE).to(DEVICE)
+    torch.manual_seed(0)
+    cc = dfc.Crosscoder(x_NMD.shape[2], s.dict, s.k, s.n_a, s.n_b, s.tie_shared).to(DEVICE)
+    cc.fit_scale(x_NMD)
+    cc.fair_start(x_NMD[:4096])
+    published = published_steps(x_NMD, s.dict, s.k, s.batch, sample)
+    published()
+    theirs = [seconds(published) / sample]
+    ours = seconds(lambda: dfc.train(cc, x_NMD, s.steps, s.batch, s.lr, s.l1_shared, s.l1_excl))
+    fresh = our_steps(x_NMD, s.dict, s.k, s.batch, sample)
+    theirs.append(seconds(published) / sample)
+    print(f"a whole run, {s.dict} latents, k {s.k}, {s.steps} steps of {s.batch} pairs\n"
+          f"  dfc, with revival{ours:24.1f} s, {1e3 * ours / s.steps:.1f} ms a step (in the first "
+          f"{sample} steps {1e3 * seconds(fresh) / sample:.1f})\n"
+          f"  published, scaled from {sample} steps, twice{s.steps * sum(theirs) / 2:7.1f} s, "
+          f"{1e3 * min(theirs):.1f} to {1e3 * max(theirs):.1f} ms a step\n"
+          f"  {s.steps * sum(theirs) / 2 / ours:.2f} x", flush=True)
 
 def steps():
-    big, pair = Shape(128, 8192, 45, 1024), Shape(128, 512, 8, 512)
-    paper = [Shape(2048, 8192, 45, 1024)] if DEVICE == "cuda" else []  # too slow on a CPU
-    mib = [peak()] + [make((paper or [big])[0])() and peak() for make in (ours, published)]
-    print(f"peak memory: dfc {mib[1] - mib[0]:.0f} MiB, published {mib[2] - mib[0]:.0f} MiB")
-    for s in (big, pair, *paper):
-        race(f"training step, {s}", {
-            "dfc": ours(s), "published": published(s), **others(s), "dense count": dense_count(s),
-            "dfc, all silent latents revived": ours(s, dead_after=0),
-            "dfc, twice the dictionary": ours(s._replace(L=2 * s.L)),
-            "dfc, twice the batch": ours(s._replace(batch=2 * s.batch))})
+    """Single steps on random vectors, of the paper's size where there is a GPU."""
+    D, L, k, batch = (2048 if DEVICE == "cuda" else 128), 8192, 45, 1024
+    x_NMD, n = torch.randn(4 * batch, 2, D, device=DEVICE), (100 if DEVICE == "cuda" else 5)
+    race(f"a training step, D {D}, {L} latents, k {k}, {batch} pairs", {
+        "dfc, nothing dead": (our_steps(x_NMD, L, k, batch, n), n),
+        "dfc, every silent latent revived": (our_steps(x_NMD, L, k, batch, n, dead_after=0), n),
+        "published": (published_steps(x_NMD, L, k, batch, n), n), **others(x_NMD, L, k, batch, n)})
 
+def train():
+    whole_run()
+    steps()
 
-def pair():
-    """Both embedded models, A's tokenizer."""
-    (a, tok), (b, _) = (dfc.load_model(TINY[m], DEVICE) for m in ("model_a", "model_b"))
-    return a, b, tok
+# ---- 3. Collection and answers -------------------------------------------------------------------
 
+def embedded(split, n):
+    """(settings, {"A", "B"}, tokenizer, 2 n texts, test prompts) of the embedded pair."""
+    s = dfc.parse_args([])
+    (a, tokenizer), (b, _) = (dfc.load_model(name, DEVICE) for name in (s.model_a, s.model_b))
+    texts = dfc.texts_of(s, tokenizer, split, n)
+    return s, {"A": a, "B": b}, tokenizer, texts, ev.rows_of(s, tokenizer, a, "test", n)[1]
 
-def collection(n=150):
-    a, _, tok = pair()
-    sets = dfc.corpus(dfc.read_rows(TINY["tool_texts"]), dfc.read_rows(TINY["plain_texts"], 2 * n),
-                      tok, n, "dfc", 0)
-    texts, layer, found = sets["train"], TINY["layer"], {}
-
-    def dfc_collects():
-        found["dfc"] = dfc.collect(a, tok, texts, [layer])[layer].float()
+def collect():
+    s, models, tokenizer, texts, _ = embedded("train", 150)
 
     @torch.no_grad()
-    def published_loop():
-        out = []
+    def published():
         for i in range(0, len(texts), 8):
-            batch = tok(texts[i:i + 8], return_tensors="pt", padding=True, padding_side="right")
-            h = a(**batch.to(DEVICE), output_hidden_states=True).hidden_states[layer + 1]
-            out.append(h[range(len(h)), batch["attention_mask"].sum(1) - 1].float().cpu())
-        found["published"] = torch.cat(out)
-    race(f"collection, a text, {len(texts)} texts", {
-        "dfc": timed(dfc_collects, each=len(texts)),
-        "published: batches of 8, unsorted": timed(published_loop, each=len(texts))})
+            batch = tokenizer(texts[i:i + 8], return_tensors="pt", padding=True).to(DEVICE)
+            h_BTD = models["A"](**batch, output_hidden_states=True).hidden_states[s.layer + 1]
+            h_BTD[range(len(h_BTD)), batch["attention_mask"].sum(1) - 1].float().cpu()
+    race(f"collection, a text of {len(texts)}", {
+        "dfc": (lambda: dfc.collect(models["A"], tokenizer, texts, s.layer), len(texts)),
+        "published": (published, len(texts))})
 
+def generate(versions=8, some=3):
+    s, models, tokenizer, _, prompts = embedded("train", 8)
+    x_NMD = ev.pair_at(models, tokenizer, prompts, s.layer)
+    v_VND = torch.stack([(x_NMD[:, 1] - x_NMD[:, 0]) * v / versions for v in range(versions)])
 
-def alone(model, tok, prompt, *patch):
-    return ev.generate(model, tok, ev.prefill(model, tok, [prompt], share=False), 64, *patch)[0][0]
+    def answers(n, v):
+        return ev.generate(models["A"], tokenizer, prompts[n], 64, s.layer, [1] * len(v_VND[v]),
+                           v_VND[v, n])
+    whole, each = slice(None), [(v, i) for i in range(some) for v in range(versions)]
+    race(f"an answer, {versions} versions of {len(prompts)} prompts; alone: the first {some}", {
+        "dfc, all at once": (lambda: answers(whole, whole), versions * len(prompts)),
+        "one at a time": (lambda: [answers(slice(i, i + 1), slice(v, v + 1)) for v, i in each],
+                          len(each))}, turns=3)
+    together = answers(whole, whole)
+    same = sum(answers(slice(i, i + 1), slice(v, v + 1))[0][0] == together[v][i] for v, i in each)
+    print(f"  same texts: {same} of {len(each)}")
 
+# ---- 4. The real pair's shape --------------------------------------------------------------------
 
-def generate(n=40, some=3, versions=8):
-    a, b, tok = pair()
-    prompts = [prompt for *_, prompt in ev.read_split(TINY, tok, most=n)]
-    layer, texts = TINY["layer"], {}
-    x = ev.pair_vectors({"A": a, "B": b}, tok, prompts, [layer])[layer].to(DEVICE)
-    x_VND = torch.stack([x[:, 0].lerp(x[:, 1], v / versions) for v in range(versions)])
+@contextlib.contextmanager
+def stage(name):
+    """Print the seconds of a stage and the peak of memory so far."""
+    began = time.time()
+    yield
+    torch.cuda.synchronize() if DEVICE == "cuda" else None
+    peak = (torch.cuda.max_memory_allocated() / 2 ** 30 if DEVICE == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+    print(f"{name:44s}{time.time() - began:8.1f} s {peak:7.1f} GiB at most", flush=True)
 
-    def batched():
-        texts["batched"] = ev.generate(a, tok, ev.prefill(a, tok, prompts), 64, layer, x_VND)
+def real(steps=3):
+    """Qwen2.5-3B's shape with random weights: what fits, and what it costs. No score means anything
+    here. On a CPU 2 of the 36 layers."""
+    s, _, tokenizer, texts, prompts = embedded("train", 100)
+    n, layer = (36, 13) if DEVICE == "cuda" else (2, 1)
+    config = Qwen2Config(hidden_size=2048, num_hidden_layers=n, num_attention_heads=16,
+                         num_key_value_heads=2, intermediate_size=11008, vocab_size=151_936,
+                         tie_word_embeddings=True)
+    with stage(f"two models, {n} of 36 layers"), torch.device(DEVICE):
+        models = {m: AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+                  for m in "AB"}
+    with stage(f"collect layer {layer}, {len(texts)} texts"):
+        x_NMD = torch.stack([dfc.collect(m, tokenizer, texts, layer) for m in models.values()], 1)
+    x_NMD = x_NMD.repeat(-(-2048 // len(x_NMD)), 1, 1).to(DEVICE)
+    cc = dfc.Crosscoder(2048, 8192, 45, 819, 0, True).to(DEVICE)
+    cc.fit_scale(x_NMD)
+    with stage(f"train, 8192 latents, {steps} steps of 1024 pairs"):
+        dfc.train(cc, x_NMD, steps)
+    prompts = prompts[:4]
+    x_NMD = ev.pair_at(models, tokenizer, prompts, layer)
+    with stage(f"reconstruct into B, {len(prompts)} prompts, 16 tokens"):
+        v_VND = torch.stack(list(ev.reconstructions(cc, x_NMD)["B"].values())).detach()
+        ev.generate(models["B"], tokenizer, prompts, 16, layer, [0] * len(v_VND), v_VND)
+    with stage("steer, 30 cells of a grid, the same prompts"):
+        f_NL = cc.encode(x_NMD).detach()
+        v_VND = torch.stack([steer.delta(cc, f_NL, list(range(i)), 2.) for i in range(1, 31)])
+        ev.generate(models["A"], tokenizer, prompts, 16, layer, [1] * 30, v_VND.detach())
 
-    def one_by_one():
-        texts["alone"] = [[alone(a, tok, prompts[i], layer, x_VND[v:v + 1, i:i + 1])
-                           for i in range(some)] for v in range(versions)]
-    race(f"an answer, {versions} versions of {n} prompts; alone: the first {some}", {
-        "prefill + generate": timed(batched, each=versions * n),
-        "one at a time, full forward": timed(one_by_one, each=versions * some)}, turns=3)
-    assert [row[:some] for row in texts["batched"]] == texts["alone"]
-    print("same texts")
-
-
-def grid(some=3):
-    with tempfile.TemporaryDirectory() as home:
-        with contextlib.redirect_stdout(io.StringIO()):
-            dfc.main(["--n-texts", "600", "--steps", "200", "--out", f"{home}/run"])
-            args = steer.parse_args([f"{home}/run", "--grid", "--rows", "20", "--alpha", "0", "4"])
-            s, = steer.stage(args)
-            cells = grid_of.grid(s, args)
-            kept = steer.rows_of(s, "test", args.rows, needs=True)[:some]
-        steered = [c for c in cells if c["group"] != "clean"]
-        sample = [c for c in steered if c["split"] == "test"][::len(steered) // 4]
-
-        def dfc_grid():
-            (s.folder / "grid.jsonl").unlink()
-            grid_of.grid(s, args)
-
-        @torch.no_grad()
-        def plain_loop():
-            for c, (_, _, prompt) in ((c, k) for c in sample for k in kept):
-                x = ev.pair_vectors(s.models, s.tokenizer, [prompt], [s.layer])[s.layer].to(DEVICE)
-                xhat, f = s.cc(x)
-                delta = (c["alpha"] - 1) * steer.written(s.cc, f, c["latents"], 0)
-                for patch in ((), (s.layer, xhat[None, :, 0]), (s.layer, delta[None], True)):
-                    out = alone(s.models["A"], s.tokenizer, prompt, *patch)
-                same.append(out == c["outputs"][[k[2] for k in kept].index(prompt)])
-        same, n = [], len(cells[0]["exact"])
-        race(f"a cell and prompt of the grid, {len(steered)} cells of {n} prompts; loop: "
-             f"{len(sample)} cells of {some}", {
-                 "steer.py --grid": timed(dfc_grid, each=sum(len(c["exact"]) for c in steered)),
-                 "clean, reconstruction, steered alone": timed(
-                     plain_loop, each=len(sample) * some)}, turns=3)
-    print(f"same steered texts: {sum(same)} of {len(same)}")
-
+# ---- 5. The program ------------------------------------------------------------------------------
 
 def main(argv=None):
-    jobs = {"": (steps, collection), "generate": (generate,), "grid": (grid,)}
-    name = " ".join(sys.argv[1:] if argv is None else argv)
-    if name not in jobs:
-        raise dfc.Problem("give nothing, generate or grid")
+    jobs = {job.__name__: job for job in (train, collect, generate, real)}
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    p.add_argument("job", nargs="?", choices=jobs, default="train")
+    job = jobs[p.parse_args(argv).job]
     print(f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    for job in jobs[name]:
-        job()
-
+    job()
 
 if __name__ == "__main__":
     sys.exit(dfc.cli(main))

@@ -1,217 +1,185 @@
-"""How many latents, how strong? The |S| x alpha grid of the paper; steer.py --grid runs it.
+"""How many latents, how strong? The |S| x alpha grid of the paper, chosen on dev, reported on test.
 
-The first |S| latents of a group (A-exclusive, shared, ...; ranked on dev rows) are scaled by alpha
-at the prompt's last token (or --positions all), for every |S| and alpha: on A, but B-exclusive
-ones, which write nothing into A (the published +0), on B. The best cell is chosen on dev rows and
-reported on test rows: on the rows it was chosen on, the best of many cells is high by luck alone.
+The first |S| latents of a group (A-exclusive, shared, both; of a plain crosscoder all; the best
+separated on dev first) are scaled by alpha at the last prompt token of A, for every |S| and alpha:
 
-    python steer.py --grid                              # the newest run: a minute on 2 cores
-    python steer.py --grid runs/dfc runs/plain          # and a plain crosscoder: all of its latents
-    python steer.py --grid runs/layer1 runs/layer2      # the best cell of each layer, together
+    delta_n = sum_{l in S} (alpha - 1) f_nl W_dec[l, A]
 
-Each eight cells are answered at once and written to grid.jsonl, texts included; a killed grid goes
-on from there. The results also go to the run's metrics.json, under "grid". Names as in steer.py: s
-is a scene, p are prompts placed in it.
+The best of a hundred cells is high by luck alone on the rows that made it the best. So a cell is
+chosen on dev rows and reported on test rows, and it is chosen twice: by exact calls, as published,
+and by exact calls less false calls, as steer.py does. A strength that answers every prompt with a
+call may be the best by the first count and is worth nothing by the second.
+
+    python extras/grid.py                           # the newest run: four minutes on 2 CPU cores
+    python extras/grid.py runs/dfc runs/plain       # and a plain crosscoder
+    python extras/grid.py runs/layer*               # and the best cell of each layer, together
+
+Cells are added to the run's grid.jsonl as they are done: a killed grid goes on from there, so does
+one with more --sizes or --alpha. They count for the same weights, models and rows only. The table
+goes into metrics.json, key "grid": extras/plot.py draws it.
 """
 
+import argparse
 import contextlib
+import hashlib
+import itertools
 import json
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from dfc import Problem, software
-from eval_toolcall import add_metrics, identity, paired
-from steer import exacts, home_of, outputs_of, place, rows_of, written
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dfc import cli
+from eval_toolcall import keep, paired
+from steer import ALPHAS, delta, outcomes, place, stage
 
-SIZES = (1, 2, 4, 8, 16, 32)
+# ---- 1. The cells --------------------------------------------------------------------------------
 
-
-def groups(s):
-    """{name: its latents, best first}: each partition, A-exclusive with shared; of a plain
-    crosscoder all. Groups without latents are left out."""
-    ranked = [r for r in s.ranked if r["contrast"] == "needs/none"]
-    if not s.cc.n_a + s.cc.n_b:
-        return {"all": [r["feature_idx"] for r in ranked]}
-    names = {"A-exclusive": ["a_excl"], "shared": ["shared"], "B-exclusive": ["b_excl"],
-             "A-exclusive + shared": ["a_excl", "shared"]}
-    out = {name: [r["feature_idx"] for r in ranked if r["partition"] in parts]
-           for name, parts in names.items()}
-    return {name: latents for name, latents in out.items() if latents}
-
-
-def cells_of(s, alphas):
-    """Every (group, size, alpha): the first `size` latents of a group at strength alpha on their
-    model, and the clean answers of each model. Raises Problem where nothing is to be steered."""
-    cells = [{"model": "AB"[home_of(s.cc, latents)], "group": name, "size": n, "alpha": a,
-              "latents": latents[:n]}
-             for name, latents in groups(s).items() for n in SIZES if n <= len(latents)
-             for a in alphas if a != 1]
+def cells_of(r, sizes, alphas):
+    """{(group, |S|, alpha): latents}, small sizes and strengths first. B-exclusive latents write
+    nothing into A, by the mask: the published +0 is no finding. Raises ValueError."""
+    groups = {"A-exclusive": ["A-exclusive"], "shared": ["shared"],
+              "A-exclusive + shared": ["A-exclusive", "shared"]}
+    if not r.cc.n_a + r.cc.n_b:
+        groups = {"plain crosscoder": ["shared"]}
+    groups = {name: [row["feature_idx"] for row in r.ranked if row["contrast"] == "needs/none"
+                     and row["partition"] in parts] for name, parts in groups.items()}
+    cells = {(name, n, a): latents[:n] for name, latents in groups.items()
+             for n in sorted(set(sizes)) if 0 < n <= len(latents)
+             for a in sorted(set(alphas) - {1}, key=lambda a: abs(a - 1))}
     if not cells:
-        raise Problem(f"an empty grid: no alpha other than 1, or no latent of {s.folder} fires "
-                      f"more where a tool is needed")
-    return [{"model": m, "group": "clean", "size": 0, "alpha": 1., "latents": []}
-            for m in sorted({c["model"] for c in cells})] + cells
+        raise ValueError(f"an empty grid: alpha 1 alone, no |S| above 0, or no latent of "
+                         f"{r.folder} fires more where a tool is needed")
+    return cells
 
+def fingerprint(r, p):
+    """A name for all that answers depend on: every weight, the rows, the length of an answer."""
+    found = hashlib.sha256(json.dumps([p.rows, p.prompts, r.max_new, r.s.layer]).encode())
+    for module in (r.cc, *r.models.values()):
+        for weights in module.state_dict().values():
+            found.update(weights.flatten().view(torch.uint8).cpu().numpy())
+    return found.hexdigest()[:16]
 
-def key_of(cell):
-    """What sets a cell apart."""
-    return *(cell[k] for k in ("split", "model", "group", "size", "alpha")), *cell["latents"]
-
-
-def grid(s, args, at_once=8):
-    """Answer every cell on dev and on test rows that need a tool -> finished cells. Each `at_once`
-    cells are written to grid.jsonl as they are done; what is there already is not done again."""
-    from tqdm import tqdm
-    file, cells, out = s.folder / "grid.jsonl", cells_of(s, args.alpha), []
-    how = {"rows": args.rows, "max_new": s.max_new, "positions": s.positions}
-    how |= identity((s.cc, s.settings, s.folder))
-    finished = {key_of(c): c for c in read_grid(file, how)}
-    for split in ("dev", "test"):
-        todo = [c | {"split": split} for c in cells]
-        missing = [c for c in todo if key_of(c) not in finished]
-        p = place(s, rows_of(s, split, args.rows, needs=True)) if missing else None
-        for some in tqdm(together(missing, at_once), desc=f"grid, {split}", leave=False):
-            m = some[0]["model"]
-            deltas = [(c["alpha"] - 1) * written(s.cc, p.f, c["latents"], "AB".index(m))
-                      for c in some]
-            texts = outputs_of(s, p, m, torch.stack(deltas))
-            new = [c | {"how": how, "outputs": t, "exact": exacts(t, p)}
-                   for c, t in zip(some, texts)]
-            append_lines(file, new)
-            finished |= {key_of(c): c for c in new}
-        out += [finished[key_of(c)] for c in todo]
-    return out
-
-
-def together(cells, at_once):
-    """[cells of one model, at most `at_once`]."""
-    apart = [[c for c in cells if c["model"] == m] for m in "AB"]
-    return [some[i:i + at_once] for some in apart for i in range(0, len(some), at_once)]
-
-
-def read_grid(file, how):
-    """Whole cells of grid.jsonl made the same way. A line cut short by a kill is left out."""
+def read_cells(file, key):
+    """{(alpha, *latents): cell} of what stands under `key` in a grid.jsonl. A line that a kill cut
+    short is no cell."""
     cells = []
-    if file.exists():
-        for line in file.read_text().split("\n"):
-            with contextlib.suppress(ValueError):
-                cells.append(json.loads(line))
-    return [c for c in cells if c["how"] == how]
+    for line in file.read_text().split("\n") if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            cells.append(json.loads(line))
+    return {(c["alpha"], *c["latents"]): c for c in cells if c["key"] == key}
 
-
-def append_lines(file, rows):
-    """Add lines at the end. Each begins with the line break: the last may have been cut short."""
+def answer(r, p, wanted, at_once=8):
+    """A's {(alpha, *latents): {exact of rows that need a tool, false_calls of others in %, ...}}.
+    What grid.jsonl holds is not done again; what is new is added to it."""
+    file, key = r.folder / "grid.jsonl", fingerprint(r, p)
+    done = read_cells(file, key)
+    missing = [cell for cell in dict.fromkeys(wanted) if cell not in done]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a") as f:
-        f.write("".join("\n" + json.dumps(row) for row in rows))
+    for i in tqdm(range(0, len(missing), at_once), "grid", leave=False):
+        some = missing[i:i + at_once]
+        v_VND = torch.stack([delta(r.cc, p.f_NL, latents, alpha) for alpha, *latents in some])
+        for cell, (exact, false, _) in zip(some, outcomes(r, p, "A", v_VND)):
+            done[cell] = {"key": key, "alpha": cell[0], "latents": cell[1:], "exact": exact,
+                          "false_calls": false}
+            with open(file, "a") as f:  # first a break: what stands there may be half a line
+                f.write("\n" + json.dumps(done[cell]))
+    return done
 
+# ---- 2. Chosen on dev, reported on test ----------------------------------------------------------
 
-def cohens_dz(differences):
-    """Mean over standard deviation of paired differences."""
-    x = np.asarray(differences, float)
-    return float(x.mean() / x.std(ddof=1)) if len(x) > 1 and x.std() > 0 else float("nan")
+CLEAN = 1.,  # the cell without latents
 
+def gain(found, name, cells):
+    """Change of exact calls, in percentage points, with a paired 95 % interval over rows."""
+    return paired(found[name[2], *cells[name]]["exact"], found[CLEAN]["exact"])
 
-def sign_flip(differences, times=100_000, seed=0):
-    """Two-sided p: how often is |mean| as large when signs are thrown? Exact up to 16 values."""
-    x = np.asarray(differences, float)
-    if len(x) <= 16:
-        signs = 1 - 2 * (np.arange(2 ** len(x))[:, None] >> np.arange(len(x)) & 1)
-    else:
-        signs = np.random.default_rng(seed).choice([-1, 1], (times, len(x)))
-        signs[0] = 1  # what was observed is one of the ways: p is never 0
-    means = abs((signs * x).mean(1))
-    return float((means >= abs(x.mean()) - 1e-12).mean())
+def best_of(dev, test, cells, less_false=0):
+    """The cell with most exact calls on dev (less_false 1: less its false calls), the first where
+    equal, and its effect on test."""
+    best = max(cells, key=lambda name: gain(dev, name, cells)["pp"]
+               - less_false * dev[name[2], *cells[name]]["false_calls"])
+    return dict(zip(("group", "size", "alpha"), best)) | {
+        "dev": gain(dev, best, cells)["pp"], "test": gain(test, best, cells),
+        "false_calls": test[best[2], *cells[best]]["false_calls"]}
 
+def grid(r, args):
+    """Every cell on dev and on test rows -> (what metrics.json keeps, the cells behind it)."""
+    cells = cells_of(r, args.sizes, args.alpha)
+    places = [place(r, split, args.rows) for split in ("dev", "test")]
+    wanted = [CLEAN, *((name[2], *latents) for name, latents in cells.items())]
+    dev, test = (answer(r, p, wanted) for p in places)
+    out = {"layer": r.s.layer, "rows": [int(p.needs.sum()) for p in places], "groups": {},
+           "best": best_of(dev, test, cells), "best_less_false": best_of(dev, test, cells, 1),
+           "clean": [100 * float(np.mean(test[CLEAN]["exact"])), test[CLEAN]["false_calls"]]}
+    for group, n in dict.fromkeys(name[:2] for name in cells):
+        some = {name: latents for name, latents in cells.items() if name[:2] == (group, n)}
+        on_dev = {a: gain(dev, (group, n, a), some)["pp"] for *_, a in sorted(some)}
+        out["groups"].setdefault(group, []).append(best_of(dev, test, some) | {"on_dev": on_dev})
+    return out, [*dev.values(), *test.values()]
 
-def clean_of(cells):
-    """{(split, model): exact of the clean answers}."""
-    return {(c["split"], c["model"]): c["exact"] for c in cells if c["group"] == "clean"}
+def print_grid(r, out):
+    """A line for each |S|: every alpha on dev, the best of them on test."""
+    print("\n{}, layer {}: {} dev and {} test rows that need a tool; on test A is exact on "
+          "{:.1f} %, false calls {:.1f} %".format(r.folder, r.s.layer, *out["rows"], *out["clean"]))
+    for group, sizes in out["groups"].items():
+        print(f"\n{group}: change of exact calls, pp\n   |S|" + "".join(
+            f"{f'a {a:g}':>7s}" for a in sizes[0]["on_dev"]) + "   best  on test, 95 %     false %")
+        for b in sizes:
+            print(f"{b['size']:6d}" + "".join(f"{v:+7.1f}" for v in b["on_dev"].values()) + line(b))
+    print(f"\n{'best cell on dev by':27s}{'of':20s} |S|   best  on test, 95 %     false %")
+    for name, b in (("exact calls", out["best"]), ("... less false calls", out["best_less_false"])):
+        print(f"{name:27s}{b['group']:19s}{b['size']:5d}{line(b)}")
+    print("(paper: one A-exclusive latent, alpha 32: +65.0 [47.9, 82.1])")
 
+def line(b):
+    t = b["test"]
+    return (f"{b['alpha']:7g}  {t['pp']:+.1f} [{t['lo']:+.1f}, {t['hi']:+.1f}]").ljust(30) + \
+        f"{b['false_calls']:6.1f}"
 
-def best_of(cells, **where):
-    """Of the cells with these fields the one that adds most exact calls on dev, and its effect on
-    test (paired intervals): chosen on one, reported on the other."""
-    clean = clean_of(cells)
-    some = [c for c in cells if all(c[k] == v for k, v in where.items()) and c["group"] != "clean"]
-    top = max((c for c in some if c["split"] == "dev"),
-              key=lambda c: sum(c["exact"]) - sum(clean["dev", c["model"]]))
-    test = next(c for c in some if key_of(c) == ("test", *key_of(top)[1:]))
-    effects = {c["split"]: paired(c["exact"], clean[c["split"], c["model"]]) for c in (top, test)}
-    return {k: top[k] for k in ("model", "group", "size", "alpha")} | effects
+# ---- 3. Several layers ---------------------------------------------------------------------------
 
+def sign_flip(effects):
+    """Exact two-sided p: of all ways to throw their signs, the share with a mean as far from 0."""
+    sums = np.array(list(itertools.product((1, -1), repeat=len(effects)))) @ effects
+    return float((abs(sums) >= abs(sum(effects)) - 1e-9).mean())
 
-def grid_report(cells):
-    """Saturation curve, best alpha, heat map; returns them for metrics.json."""
-    out = {}
-    for name in dict.fromkeys(c["group"] for c in cells if c["group"] != "clean"):
-        mine = [c for c in cells if c["group"] in (name, "clean")]
-        fields = {f: sorted({c[f] for c in mine if c["group"] == name}) for f in ("size", "alpha")}
-        out[name] = {f: [best_of(mine, **{f: v}) for v in values] for f, values in fields.items()}
-        out[name]["best"] = best_of(mine)
-        for f, title, other in (("size", "|S|", "alpha"), ("alpha", "alpha", "size")):
-            print(f"\n{name}, on {out[name]['best']['model']}: best cell at each {title} on dev, "
-                  f"change of exact\n{title:>6s}{other:>8s}   dev pp   test pp, 95 %")
-            for row in out[name][f]:
-                t = row["test"]
-                print(f"{row[f]:6g}{row[other]:8g}{row['dev']['pp']:+9.1f}{t['pp']:+10.1f} "
-                      f"[{t['lo']:+.1f}, {t['hi']:+.1f}]")
-        heat_map(on_dev(mine)[name], name, fields)
-    return out
+def across_layers(grids):
+    """The best cell of each layer (of several runs of one, the best on dev), and whether their mean
+    differs from 0. About these prompts, which all layers share, and no others."""
+    best = {g["layer"]: g["best"]["test"]["pp"]
+            for g in sorted(grids, key=lambda g: (g["layer"], g["best"]["dev"]))}
+    x = np.array(list(best.values()))
+    p = (f"p {sign_flip(x):.4f} by exact sign flips" if 6 <= len(x) <= 20 else
+         "p only for 6 to 20 layers (of 5, none is below .06)")
+    print("\nbest cell of each layer, on test: " + ", ".join(
+        f"layer {layer} {pp:+.1f}" for layer, pp in best.items()) + f"\nmean {x.mean():+.1f}, d_z "
+        f"{x.mean() / max(1e-9, x.std(ddof=1)):.2f}, {p} (paper: +43.3 over 9 layers, d_z 1.61)")
 
+# ---- 4. The program ------------------------------------------------------------------------------
 
-def on_dev(cells):
-    """{group: {(size, alpha): change of exact on dev rows, pp}}."""
-    clean, out = clean_of(cells), {}
-    for c in cells:
-        if c["split"] == "dev" and c["group"] != "clean":
-            change = np.mean(c["exact"]) - np.mean(clean["dev", c["model"]])
-            out.setdefault(c["group"], {})[c["size"], c["alpha"]] = 100 * change
-    return out
+def main(argv=None):
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    p.add_argument("runs", nargs="*", help="run folders (default: the newest)")
+    p.add_argument("--preset", choices=["tiny", "paper"], help="for crosscoders without a run: "
+                   "whose models and texts")
+    p.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="the |S|")
+    p.add_argument("--alpha", nargs="+", type=float, default=ALPHAS, help="strengths; 1 is clean")
+    p.add_argument("--rows", type=int, default=20, help="rows of each kind, on dev and on test")
+    p.add_argument("--max-new", type=int, help="tokens of an answer (64; preset paper: 512)")
+    args, grids = p.parse_args(argv), []
+    for name in args.runs or [None]:
+        began, r = time.time(), stage(name, args.preset, args.max_new)
+        out, lines = grid(r, args)
+        print_grid(r, out)
+        grids.append(out | {"seconds": time.time() - began})
+        keep(r.folder, "grid", grids[-1], lines, "grid.jsonl")
+    if len({g["layer"] for g in grids}) > 1:
+        across_layers(grids)
 
-
-def heat_map(value, name, fields):
-    """Change of exact on dev, a row for each |S| and a column for each alpha."""
-    print(f"\n{name}: change of exact on dev, pp\n   |S|" + "".join(
-        f"{'a ' + format(a, 'g'):>8s}" for a in fields["alpha"]))
-    for n in fields["size"]:
-        print(f"{n:6d}" + "".join(f"{value[n, a]:+8.1f}" for a in fields["alpha"]))
-
-
-def across_layers(bests):
-    """The best cell of each layer and, from 6 layers on, whether their mean differs from 0 (flips
-    of 5 signs cannot go below p = 2 / 2^5). About these prompts, which all layers share, only."""
-    best = {}
-    for b in sorted(bests, key=lambda b: (b["layer"], b["dev"]["pp"])):
-        best[b["layer"]] = b["test"]["pp"]  # of several runs of a layer the best on dev stays
-    effects = list(best.values())
-    p = f"sign-flip p {sign_flip(effects):.4f}" if len(best) > 5 else "too few layers for a p-value"
-    print("\nbest cell per layer, change on test: " + ", ".join(
-        f"{layer}: {e:+.1f}" for layer, e in best.items()))
-    print(f"mean {np.mean(effects):+.1f}, d_z {cohens_dz(effects):.2f}, {p} "
-          f"(paper: +43.3 over 9 layers, d_z 1.61)")
-
-
-def grids(scenes, args):
-    """The grid of each run; with several layers their best cells together."""
-    bests = []
-    for s in scenes:
-        began = time.time()
-        cells = grid(s, args)
-        rows = {c["split"]: len(c["exact"]) for c in cells}
-        print(f"\n{s.folder}, layer {s.layer}: {len(cells) // 2} cells, {rows['dev']} dev and "
-              f"{rows['test']} test prompts each")
-        result = grid_report(cells)
-        best = best_of(cells, model=min(c["model"] for c in cells))  # B's cells start from 0 calls
-        bests.append({"run": str(s.folder), "layer": s.layer, **best})
-        add_metrics(s.folder, "grid", {
-            "groups": result, "best": bests[-1], "how": cells[0]["how"], "alphas": args.alpha,
-            "seconds": time.time() - began, "versions": software()})
-        test = best["test"]
-        print(f"\nbest cell: {best['group']} on {best['model']}, |S| {best['size']}, alpha "
-              f"{best['alpha']:g}: test {test['pp']:+.1f} [{test['lo']:+.1f}, {test['hi']:+.1f}] pp"
-              f" (paper: one A-exclusive latent, alpha 32: +65.0 [47.9, 82.1])")
-    if len({b["layer"] for b in bests}) > 1:
-        across_layers(bests)
+if __name__ == "__main__":
+    sys.exit(cli(main))

@@ -1,30 +1,28 @@
-"""The tables of a sweep: what reconstruction changes, over settings, and what of it is seed noise.
+"""The table of a sweep: what reconstruction changes, over settings, and what of it is seed noise.
 
-    python extras/table.py runs/sweep-tiny/*/*        # run folders; unfinished ones are counted
-    python extras/table.py rows.jsonl                 # rows in the form below, from anywhere
-    python extras/table.py runs/sweep-tiny/*/* --rows rows.jsonl       # keep them, one line a run
+    python extras/table.py runs/sweep-tiny/*/*      # evaluated runs, as run_sweep.sh leaves them
 
-A row is flat, with the authors' names where they have one, in percent: name, hyperparameters,
-tool_correctness_A_pre, _post, _delta (the paper's rubric: before, after, change), the same for B,
-format_accuracy_*, overall_score_*; and ours: exact_*, seed, fve_A, fve_B, n. Pre is the clean
-model, post the model patched with the reconstruction, on rows that need a tool.
+Each line is the mean +- standard deviation over settings (each the mean of its seeds) of the change
+that a model's own reconstruction at the prompt's last token makes, in percentage points, on rows
+that need a tool: exact calls, and the paper's tool correctness. The published columns are computed
+from the 47 published rows (one of the 48 is missing).
 
-Each line of the table is mean +- standard deviation over settings (each the mean of its seeds). The
-published columns are computed from the 47 published rows (one of the 48 is missing).
+A difference between settings says something only beside what seeds alone do. With several seeds a
+setting (SEEDS="0 1 2" bash run_sweep.sh), each factor's largest difference between two levels is
+divided by the standard error that seed noise alone gives it: z. Of two levels without any effect it
+is about 0.8, of three 1.2: below 2 there is nothing to explain.
 """
 
 import argparse
-import json
 import statistics as st
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dfc import Problem, cli, write  # noqa: E402
-from eval_toolcall import RowError, read_jsonl, read_metrics  # noqa: E402
+from dfc import cli, read_metrics
 
-OURS = {"tool_correctness": "paper_tool", "format_accuracy": "paper_format",
-        "overall_score": "paper_overall", "exact": "exact"}
+COLUMNS = {"exact A": ("A", "exact"), "exact B": ("B", "exact"), "tool A": ("A", "paper_tool"),
+           "tool B": ("B", "paper_tool")}
 PUBLISHED = {  # change of tool correctness: mean and sd over settings, into A and into B
     "all": (31.2, 9.7, 6.7, 4.9), "DFC": (30.6, 9.5, 5.9, 4.4),
     "crosscoder": (32.9, 10.6, 8.9, 5.9),
@@ -34,150 +32,103 @@ PUBLISHED = {  # change of tool correctness: mean and sd over settings, into A a
     "excl 10": (34.2, 12.4, 7.4, 6.6), "DFC penalised": (28.3, 7.1, 6.1, 4.6),
     "DFC free": (32.7, 11.1, 5.7, 4.3), "crosscoder L1": (34.8, 7.8, 6.3, 4.4),
     "crosscoder no L1": (31.0, 13.4, 11.5, 6.4)}
-COLUMNS = ("exact_A", "exact_B", "tool_correctness_A", "tool_correctness_B")
+SAME = "model_a", "model_b", "tool_texts", "recipe", "layer", "steps", "batch", "n_texts"
 
-
-def row_of(folder):
-    """The flat row of an evaluated run; None if it is not whole."""
-    m = read_metrics(folder)
-    if "evaluation" not in m or "config" not in m:
-        return None
-    c, e = m["config"], m["evaluation"]
-    row = {"name": folder.name, "seed": c["seed"], "hyperparameters": {
-               k: c[k] for k in ("dict", "k", "excl", "excl_b", "l1_shared", "l1_excl")},
-           "pair": [c["model_a"], c["model_b"]],
-           "recipe": [c[k] for k in ("recipe", "layer", "steps", "batch", "n_texts")],
-           "fve_A": m["fve"]["A"], "fve_B": m["fve"]["B"]}
-    for model, versions in e["models"].items():
-        pre, post = (versions[v]["totals"].get("needs", {}) for v in ("clean", "reconstruction"))
-        row["n"] = pre.get("n", 0)
-        for name, key in OURS.items():
-            if key in pre:
-                a, b = (t[key].get("pct", t[key].get("mean")) for t in (pre, post))
-                row |= {f"{name}_{model}_pre": a, f"{name}_{model}_post": b,
-                        f"{name}_{model}_delta": b - a}
-    return row
-
-
-def read(names):
-    """(rows, how many folders are not whole) of run folders and .jsonl files. Raises Problem."""
+def read(folders):
+    """[{name, config, fve, n, column: change}] of the evaluated runs among some folders, and how
+    many are not there yet. Raises ValueError for runs that do not belong into one table."""
     rows, waiting = [], 0
-    for name in map(Path, names):
-        if name.suffix == ".jsonl":
-            rows += [row for _, row in read_jsonl(name)]
-        elif name.is_dir() and name.name != "cache":
-            row = row_of(name)
-            rows += [row] if row else []
-            waiting += row is None
-        elif not name.is_dir() and name.name != "tables.txt":
-            raise Problem(f"no run folder and no .jsonl file: {name}")
-    for key, what in (("pair", "models"), ("recipe", "recipes, layers, steps or texts")):
-        if len({json.dumps(r.get(key)) for r in rows}) > 1:
-            raise Problem(f"these runs are of different {what}: make a table of each")
+    for folder in (f for f in map(Path, folders) if f.name != "cache"):
+        m = read_metrics(folder) if (folder / "metrics.json").exists() else {}
+        waiting += "evaluation" not in m
+        if "evaluation" in m:
+            needs = {mod: [v[name]["needs"] for name in ("clean", "reconstruction")]
+                     for mod, v in m["evaluation"]["models"].items()}
+            rows.append({"name": folder.name, "config": m["config"], "n": needs["A"][0]["n"]} | {
+                column: after[score]["pct"] - before[score]["pct"]
+                for column, (mod, score) in COLUMNS.items() for before, after in [needs[mod]]})
     if not rows:
-        raise Problem("no finished run to make a table of")
+        raise ValueError("no evaluated run: bash run_sweep.sh")
+    for key in SAME:
+        if len({row["config"][key] for row in rows}) > 1:
+            raise ValueError(f"these runs differ in {key}: make a table of each")
+    if len({row["n"] for row in rows}) > 1:
+        raise ValueError("these runs were evaluated on different numbers of rows: eval_toolcall.py "
+                         "--rows")
     return rows, waiting
 
-
-def groups(rows):
-    """{line of the table: its rows}, in the paper's order."""
-    h = [r["hyperparameters"] for r in rows]
-    plain, out = [not x["excl"] for x in h], {"all": rows}
-    def some(name, keep):
-        picked = [r for r, yes in zip(rows, keep) if yes]
-        if picked:
-            out[name] = picked
-    some("DFC", [not p for p in plain])
-    some("crosscoder", plain)
+def lines_of(rows):
+    """{line of the table: its rows}, in the paper's order; the smallest k and dictionary beside the
+    published smallest. Lines without a row are left out."""
+    values = {key: sorted({row["config"][key] for row in rows}) for key in ("k", "dict", "excl")}
+    wanted = {"all": lambda c: True, "DFC": lambda c: c["excl"],
+              "crosscoder": lambda c: not c["excl"]}
     for key, published in (("k", 3), ("dict", 2)):
-        values = sorted({x[key] for x in h})
-        for i, value in enumerate(values, 1):  # the smallest, ... beside the published smallest
-            rank = f" {i}" if len(values) == published else ""
-            some(f"{key}{rank} ({value})", [x[key] == value for x in h])
-    for share in sorted({x["excl"] for x in h} - {0}):
-        some(f"excl {100 * share:.0f}", [x["excl"] == share for x in h])
-    some("DFC penalised", [not p and x["l1_excl"] > 0 for p, x in zip(plain, h)])
-    some("DFC free", [not p and x["l1_excl"] == 0 for p, x in zip(plain, h)])
-    some("crosscoder L1", [p and x["l1_shared"] > 0 for p, x in zip(plain, h)])
-    some("crosscoder no L1", [p and x["l1_shared"] == 0 for p, x in zip(plain, h)])
-    return out
-
+        for i, value in enumerate(values[key], 1):
+            name = f"{key} {i} ({value})" if len(values[key]) == published else f"{key} ({value})"
+            wanted[name] = lambda c, key=key, value=value: c[key] == value
+    for share in filter(None, values["excl"]):
+        wanted[f"excl {100 * share:.0f}"] = lambda c, share=share: c["excl"] == share
+    wanted |= {"DFC penalised": lambda c: c["excl"] and c["l1_excl"],
+               "DFC free": lambda c: c["excl"] and not c["l1_excl"],
+               "crosscoder L1": lambda c: not c["excl"] and c["l1_shared"],
+               "crosscoder no L1": lambda c: not c["excl"] and not c["l1_shared"]}
+    out = {name: [row for row in rows if test(row["config"])] for name, test in wanted.items()}
+    return {name: some for name, some in out.items() if some}
 
 def by_setting(rows, column):
-    """{setting: its values over seeds}; rows without the column are left out."""
-    out = {}
-    for r in rows:
-        if f"{column}_delta" in r:
-            out.setdefault(r["name"], []).append(r[f"{column}_delta"])
-    return out
+    """[[a setting's values over seeds]]."""
+    names = dict.fromkeys(row["name"] for row in rows)
+    return [[row[column] for row in rows if row["name"] == name] for name in names]
 
-
-def spread(values):
-    return f"{st.mean(values):+.1f} ± {st.stdev(values) if len(values) > 1 else 0:.1f}"
-
-
-def print_tables(rows):
-    """Mean ± sd over settings, the published figures beside; then the seed noise."""
-    print(f"{'change, pp':18s}{'n':>3s}" + "".join(f"{c:>15s}" for c in (
-        "exact A", "exact B", "tool A", "tool B")) + "   paper: tool A, tool B")
-    for name, some in groups(rows).items():
-        cells = [[st.mean(v) for v in by_setting(some, c).values()] for c in COLUMNS]
-        shown = "".join(f"{spread(v) if v else '-':>15s}" for v in cells)
+def print_table(rows):
+    print(f"{'change, pp':18s}{'n':>3s}" + "".join(f"{c:>15s}" for c in COLUMNS)
+          + "   paper: tool A, tool B")
+    for name, some in lines_of(rows).items():
+        shown, n = "", 0
+        for column in COLUMNS:
+            v = [st.mean(seeds) for seeds in by_setting(some, column)]
+            n, sd = len(v), st.stdev(v) if len(v) > 1 else 0.
+            shown += f"{f'{st.mean(v):+.1f} ± {sd:.1f}':>15s}"
         p = PUBLISHED.get(name.split(" (")[0])
-        beside = f"   {p[0]:+.1f} ± {p[1]:.1f}, {p[2]:+.1f} ± {p[3]:.1f}" if p else ""
-        print(f"{name:18s}{max(map(len, cells)):3d}{shown}{beside}")
-    noise = [[v for v in by_setting(rows, c).values() if len(v) > 1] for c in COLUMNS]
-    if any(noise):
-        sd = [st.mean(st.variance(v) for v in some) ** .5 if some else 0. for some in noise]
-        print(f"{'seed noise, sd':21s}" + "".join(f"{s:15.1f}" for s in sd)
-              + f"   within a setting, {max(map(len, noise))} settings with several seeds")
-        print_effects(rows, sd)
+        print(f"{name:18s}{n:3d}{shown}" + ("   {:+.1f} ± {:.1f}, {:+.1f} ± {:.1f}".format(*p)
+                                           if p else ""))
 
-
-def print_effects(rows, sd):
-    """Each factor's largest difference between levels, in standard errors that seeds alone give.
-    (Of three levels without any effect the largest difference is about 1.2 of them.)"""
-    lines = groups(rows)
-    factors = {"DFC - crosscoder": ["DFC", "crosscoder"], "free - penalised": [
-        "DFC free", "DFC penalised"]} | {f: [n for n in lines if n.startswith(f + " ")]
-                                         for f in ("k", "dict", "excl")}
-    print(f"\n{'largest difference (z)':21s}   z = difference / what seeds alone would give it")
+def print_noise(rows):
+    """Seed noise, and each factor's largest difference between levels in units of it."""
+    noise = [[v for v in by_setting(rows, column) if len(v) > 1] for column in COLUMNS]
+    if not noise[0]:
+        return print("one seed a setting: SEEDS=\"0 1 2\" bash run_sweep.sh shows what is noise")
+    sd = [st.mean(map(st.variance, some)) ** .5 for some in noise]
+    print(f"{'seed noise, sd':21s}" + "".join(f"{s:15.1f}" for s in sd)
+          + f"   within a setting, over {len(noise[0])} settings")
+    lines = lines_of(rows)
+    factors = {key: [n for n in lines if n.startswith(key + " ")] for key in ("k", "dict", "excl")}
+    factors |= {"DFC - crosscoder": ["DFC", "crosscoder"],
+                "free - penalised": ["DFC free", "DFC penalised"]}
+    print("\nlargest difference between two levels (z)")
     for factor, names in factors.items():
-        if len(names) < 2 or not all(n in lines for n in names):
-            continue
-        shown = f"{factor:21s}"
-        for column, noise in zip(COLUMNS, sd):
-            levels = [list(by_setting(lines[n], column).values()) for n in names]
-            means = sorted((st.mean(map(st.mean, v)), error(v, noise)) for v in levels if v)
-            if not noise or len(means) < 2:
-                shown += f"{'-':>15s}"
-                continue
-            (low, e_low), (high, e_high) = means[0], means[-1]
-            z = (high - low) / (e_low ** 2 + e_high ** 2) ** .5
-            shown += f"{f'{high - low:.1f} ({z:.1f})':>15s}"
-        print(shown)
+        levels = [lines[name] for name in names if name in lines]
+        if len(levels) > 1:
+            print(f"{factor:21s}" + "".join(f"{difference(levels, column, s):>15s}"
+                                            for column, s in zip(COLUMNS, sd)))
 
-
-def error(settings, noise):
-    """Standard error that seed noise alone gives the mean of some settings, [values over seeds]."""
-    return noise / len(settings) * sum(1 / len(v) for v in settings) ** .5
-
+def difference(levels, column, sd):
+    """The largest difference of the levels' means, with its z."""
+    values = [by_setting(rows, column) for rows in levels]
+    ends = sorted((st.mean(map(st.mean, v)), sum(1 / len(x) for x in v) / len(v) ** 2)
+                  for v in values)
+    (low, var_low), (high, var_high) = ends[0], ends[-1]
+    return f"{high - low:.1f} ({(high - low) / (sd * (var_low + var_high) ** .5 or float('nan')):.1f})"
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="table.py", description=__doc__.split("\n")[0])
-    p.print_usage = lambda *_: None  # an error is one line
-    p.add_argument("runs", nargs="+", help="run folders of dfc.py, evaluated; or .jsonl of rows")
-    p.add_argument("--rows", type=Path, metavar="FILE", help="write the rows there as JSONL")
-    args = p.parse_args(argv)
-    try:
-        rows, waiting = read(args.runs)
-    except RowError as e:
-        raise Problem(str(e)) from None
-    if args.rows:
-        write(args.rows, lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in rows)))
-    print(f"{len(rows)} runs, {waiting} not finished or not evaluated\n")
-    print_tables(rows)
-
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    p.add_argument("runs", nargs="+", help="run folders of dfc.py, evaluated by eval_toolcall.py")
+    rows, waiting = read(p.parse_args(argv).runs)
+    print(f"{len(rows)} runs, {rows[0]['n']} test rows that need a tool; {waiting} more are not "
+          "finished or not evaluated\n")
+    print_table(rows)
+    print_noise(rows)
 
 if __name__ == "__main__":
     sys.exit(cli(main))
