@@ -30,13 +30,13 @@ import argparse
 import contextlib
 import hashlib
 import json
-import logging
 import random
 import re
 import sys
 import tempfile
 import time
 import zlib
+from itertools import count, cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +47,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 # ---- 1. The crosscoder ---------------------------------------------------------------------------
 class Crosscoder(nn.Module):
-    """A sparse dictionary over pairs of vectors, some latents confined to one model (Figure 1).
-    Parameter names and shapes are those of the paper's checkpoints. The forward pass needs no mask:
-    confine() on the weights once, and on each gradient, keeps what is forbidden at zero.
+    """A sparse dictionary over pairs of vectors, some latents confined to one model (Figure 1). The
+    forward pass needs no mask: confine() on the weights once, and on each gradient, is enough.
     [5] tied: a shared latent writes one row into both models. Untied, a difference between A and B
     can hide in a shared latent; tied and n_b = 0, it has nowhere to go but the A-exclusive ones."""
 
@@ -62,11 +61,12 @@ class Crosscoder(nn.Module):
         if not 1 <= k <= n_latents or min(n_a, n_b) < 0 or n_a + n_b > n_latents:
             raise ValueError(f"k {k}, exclusive {n_a} + {n_b} do not fit into {n_latents} latents")
         self.k, self.n_a, self.n_b, self.tied = k, n_a, n_b, tied
+        shared = slice(n_a + n_b, None)
         W_dec = F.normalize(torch.randn(n_latents, 2, d_model), dim=-1)
         if tied:
-            W_dec[n_a + n_b:] = W_dec[n_a + n_b:, :1]
+            W_dec[shared] = W_dec[shared, :1]
         W_enc = W_dec.permute(1, 2, 0).contiguous()  # [3] a latent begins by reading what it writes
-        W_enc[..., n_a + n_b:] /= 2                  # a shared one the mean of its two rows
+        W_enc[..., shared] /= 2                      # a shared one the mean of its two rows
         self.confine(W_enc, W_dec)
         self.W_enc = nn.Parameter(W_enc)                                         # (M, D, L)
         self.W_dec = nn.Parameter(W_dec)                                         # (L, M, D)
@@ -78,8 +78,8 @@ class Crosscoder(nn.Module):
     def parts(self):
         """{name: slice of latents}, in the order in which they lie; empty ones are left out."""
         a, b, L = self.n_a, self.n_a + self.n_b, len(self.b_enc)
-        ends = {"A-exclusive": (0, a), "B-exclusive": (a, b), "shared": (b, L)}
-        return {name: slice(*end) for name, end in ends.items() if end[0] < end[1]}
+        parts = {"A-exclusive": slice(0, a), "B-exclusive": slice(a, b), "shared": slice(b, L)}
+        return {name: part for name, part in parts.items() if part.start < part.stop}
 
     @torch.no_grad()
     def confine(self, W_enc, W_dec):
@@ -92,7 +92,7 @@ class Crosscoder(nn.Module):
 
     def normalise(self, x_BMD):
         """Raw activations -> zero mean, mean square one per model."""
-        return (x_BMD.to(self.W_enc.dtype) - self.mean) / self.scale[:, None]
+        return (x_BMD.float() - self.mean) / self.scale[:, None]
 
     def top(self, z_BMD):
         """The k largest pre-activations of normalised vectors: (f_Bk, index_Bk, pre_BL)."""
@@ -116,63 +116,58 @@ class Crosscoder(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, x_NMD):
-        """[1] Mean and root mean square of the training vectors are kept: encode and decode speak
-        raw units. Published, they are lost between training and evaluation."""
+        """[1] Keep the training vectors' mean and root mean square: encode and decode speak raw
+        units. Published, both are lost between training and evaluation."""
         self.mean.copy_(x_NMD.float().mean(0))
-        self.scale.copy_((x_NMD.float() - self.mean).pow(2).mean((0, 2)).sqrt().clamp(min=1e-8))
+        self.scale.copy_((x_NMD - self.mean).pow(2).mean((0, 2)).sqrt().clamp(min=1e-8))
 
     @torch.no_grad()
     def fair_start(self, x_BMD):
         """[3] Give every partition's pre-activations the spread of the last, the shared one's. An
         exclusive latent reads one model where a shared one reads two; drawn as published it is at
         first picked 9 to 28 times less often."""
-        pre_BL = self.normalise(x_BMD).flatten(1) @ self.W_enc.flatten(0, 1)
-        spread = [pre_BL[:, part].std().clamp(min=1e-8) for part in self.parts().values()]
-        for part, own in zip(self.parts().values(), spread):
+        pre_BL, parts = self.top(self.normalise(x_BMD))[2], list(self.parts().values())
+        spread = [pre_BL[:, part].std().clamp(min=1e-8) for part in parts]
+        for part, own in zip(parts, spread):
             self.W_enc[..., part] *= spread[-1] / own
 
 # ---- 2. Losses, and a gradient that touches only active latents ----------------------------------
-def add_outer(f_Bk, index_Bk, y_BE, n_rows):
-    """(n_rows, E), each f[b, k] y[b] added to row index[b, k]. Sorted by row it is a weighted sum
-    of picked rows of y: no collisions, and no outer product in memory."""
-    row, place = index_Bk.flatten().sort(stable=True)
-    first = torch.searchsorted(row, torch.arange(n_rows, device=row.device))
-    return F.embedding_bag(place // index_Bk.shape[1], y_BE.contiguous(), first, mode="sum",
-                           per_sample_weights=f_Bk.flatten()[place])
-
 class Sparse(torch.autograd.Function):
-    """(decoder's output (B, E), f_Bk) of picked latents; gradients only of what was picked, where
-    autograd's own would be as large as the dictionary. f was computed from W_enc and b_enc without
-    a graph: they are arguments only to receive their gradients."""
+    """(zhat_BMD without b_dec, f_Bk) of picked latents: what decode() gives, with gradients only of
+    what was picked, where autograd's own would be as large as the dictionary. f was computed from
+    W_enc and b_enc without a graph: they are arguments only to receive their gradients."""
 
     @staticmethod
-    def forward(ctx, z_BE, f_Bk, index_Bk, W_EL, b_L, W_LE):
+    def forward(ctx, z_BMD, f_Bk, index_Bk, W_enc, b_enc, W_dec):
         with torch.enable_grad():
             f_Bk = f_Bk.detach().float().requires_grad_()
-            zhat_BE = F.embedding_bag(index_Bk, W_LE.detach(), per_sample_weights=f_Bk, mode="sum")
-        ctx.kept = z_BE, f_Bk, index_Bk, zhat_BE, len(b_L)
-        return zhat_BE.detach(), f_Bk.detach()
+            zhat_BE = F.embedding_bag(index_Bk, W_dec.detach().flatten(1), mode="sum",
+                                      per_sample_weights=f_Bk)
+        ctx.kept = z_BMD.flatten(1), f_Bk, index_Bk, zhat_BE, W_dec.shape
+        return zhat_BE.detach().view_as(z_BMD), f_Bk.detach()
 
     @staticmethod
-    def backward(ctx, g_BE, g_Bk):
-        z_BE, f_Bk, index_Bk, zhat_BE, L = ctx.kept
+    def backward(ctx, g_BMD, g_Bk):
+        z_BE, f_Bk, index_Bk, zhat_BE, shape = ctx.kept
+        g_BE = g_BMD.flatten(1).contiguous()
         g_Bk = (g_Bk + torch.autograd.grad(zhat_BE, f_Bk, g_BE)[0]) * (f_Bk > 0)
-        g_L = g_BE.new_zeros(L).index_add_(0, index_Bk.flatten(), g_Bk.flatten())
-        gW_enc, gW_dec = (add_outer(f, index_Bk, y, L) for f, y in ((g_Bk, z_BE), (f_Bk, g_BE)))
-        return None, None, None, gW_enc.T, g_L, gW_dec
-
-def reconstruct(cc, z_BMD, f_Bk, index_Bk):
-    """(zhat_BMD without b_dec, f_Bk) of picked latents: what decode() gives, differentiable."""
-    zhat_BE, f_Bk = Sparse.apply(z_BMD.flatten(1), f_Bk, index_Bk, cc.W_enc.flatten(0, 1), cc.b_enc,
-                                 cc.W_dec.flatten(1))
-    return zhat_BE.view_as(z_BMD), f_Bk
+        g_L = g_BE.new_zeros(shape[0]).index_add_(0, index_Bk.flatten(), g_Bk.flatten())
+        # A latent's row is a weighted sum of rows of z, or g. Sorted by latent, these need neither
+        # atomic additions nor the outer product in memory.
+        latent, place = index_Bk.flatten().sort(stable=True)
+        start_L = torch.searchsorted(latent, torch.arange(shape[0], device=latent.device))
+        gW_enc, gW_dec = (F.embedding_bag(
+            place // index_Bk.shape[1], y_BE, start_L, mode="sum",
+            per_sample_weights=w_Bk.flatten()[place]).view(shape)
+            for w_Bk, y_BE in ((g_Bk, z_BE), (f_Bk, g_BE)))
+        return None, None, None, gW_enc.permute(1, 2, 0), g_L, gW_dec
 
 def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
-    """[4] Revive dead latents: let those of each partition explain what the living leave over. The
-    residual is detached and b_dec stays out: they learn from the error and do not push the rest. A
-    partition is asked only for the models it writes, and each on its own, or the many shared
-    latents would win every place; 2 k of each, on a quarter of the batch, which revives as well as
-    all of it. (AuxK, arXiv 2406.04093 A.2.)"""
+    """[4] Revive dead latents: those of each partition explain what the living leave over (AuxK,
+    arXiv 2406.04093 A.2). The residual is detached and b_dec stays out: they learn from the error
+    and do not push the rest. A partition answers only for the models it writes, and alone, or the
+    many shared latents would win every place; 2 k of each, on a quarter of the batch, which revives
+    as well as all of it."""
     z_BMD, zhat_BMD, pre_BL = (t[:1 + len(t) // 4] for t in (z_BMD, zhat_BMD, pre_BL.detach()))
     residual, total = (z_BMD - zhat_BMD).detach(), z_BMD.new_zeros(())
     models = {"A-exclusive": slice(0, 1), "B-exclusive": slice(1, 2), "shared": slice(0, 2)}
@@ -180,7 +175,8 @@ def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
         dead = dead_L[part].nonzero()[:, 0] + part.start
         if len(dead):
             best = pre_BL[:, dead].relu().topk(min(len(dead), 2 * cc.k), sorted=False)
-            guess_BMD, _ = reconstruct(cc, z_BMD, best.values, dead[best.indices])
+            guess_BMD, _ = Sparse.apply(z_BMD, best.values, dead[best.indices], cc.W_enc, cc.b_enc,
+                                        cc.W_dec)
             total = total + (residual - guess_BMD)[:, models[name]].pow(2).mean()
     return total
 
@@ -198,8 +194,8 @@ def named(get, name, *args, **how):
         raise ValueError(f"cannot load {name}: {e}") from e
 
 def load_model(name, device):
-    """(model in evaluation mode, bf16 on CUDA and fp32 elsewhere; its tokenizer) of a folder or a
-    hub name. Raises ValueError."""
+    """(model, frozen, bf16 on CUDA and fp32 elsewhere; its tokenizer) of a folder or a hub name.
+    Raises ValueError."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = named(AutoModelForCausalLM.from_pretrained, name, dtype=dtype)
     return model.to(device).eval().requires_grad_(False), named(AutoTokenizer.from_pretrained, name)
@@ -209,15 +205,13 @@ def token_ids(tokenizer, texts):
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 def blocks(model):
-    """The decoder's transformer blocks: the one list with as many entries as there are layers."""
+    """The transformer blocks: the first list with as many entries as there are layers."""
     n = model.config.get_text_config().num_hidden_layers
-    found, = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
-    return found
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
 
 @contextlib.contextmanager
 def hooked(model, layer, edit):
-    """While it lasts, the output h_BTD of block `layer`, counted from 0, becomes edit(h_BTD). Gone
-    afterwards, also after an exception. (Paper section 4, patching.)"""
+    """Within it block `layer`, counted from 0, puts out edit(h_BTD) for h_BTD (paper section 4)."""
     handle = blocks(model)[layer].register_forward_hook(lambda _, __, h_BTD: edit(h_BTD))
     try:
         yield
@@ -250,20 +244,18 @@ def alike(ids, batch_tokens):
     yield batch
 
 def collect(model, tokenizer, texts, layer):
-    """The residual vector at each text's last token -> (N, D) fp16 on the CPU, in their order.
-    Padding is on the right, where causal attention never looks: the result does not depend on the
-    batch. A text longer than the model's positions (or 4,096) loses its beginning. Raises
-    ValueError where the layer, a token or a finite vector is missing. (Paper section 3.)"""
-    config, depth = model.config.get_text_config(), len(blocks(model))
-    most = 8192 if model.device.type == "cuda" else 1024  # tokens of a batch
+    """The residual vector at each text's last token -> (N, D) fp16 on the CPU (paper section 3).
+    Padding is on the right, where causal attention never looks: the batch does not matter. A text
+    longer than the model's positions (or 4,096) loses its beginning. Raises ValueError."""
+    config = model.config.get_text_config()
+    most, depth = 8192 if model.device.type == "cuda" else 1024, config.num_hidden_layers
     ids = [i[-min(4096, config.max_position_embeddings):] for i in token_ids(tokenizer, texts)]
     if not 0 <= layer < depth or not all(ids):
         raise ValueError(f"no layer {layer} of 0 to {depth - 1}, or a text without a token")
     out = torch.empty(len(ids), config.hidden_size, dtype=torch.float16)
-    for rows in tqdm(list(alike(ids, most)), "collect", leave=False):
-        some = [ids[i] for i in rows]
-        padded = torch.tensor([i + [0] * (len(some[-1]) - len(i)) for i in some])
-        h_BTD = residual(model, padded.to(model.device), layer)
+    for rows in tqdm(list(alike(ids, most)), "collect", leave=False):  # most: tokens of a batch
+        some = [torch.tensor(ids[i], device=model.device) for i in rows]
+        h_BTD = residual(model, nn.utils.rnn.pad_sequence(some, batch_first=True), layer)
         out[rows] = h_BTD[range(len(rows)), [len(i) - 1 for i in some]].half().cpu()
     if not out.isfinite().all():
         raise ValueError(f"vectors of layer {layer} are not finite in fp16: try another layer")
@@ -271,8 +263,8 @@ def collect(model, tokenizer, texts, layer):
 
 def collect_pair(name_a, name_b, texts, layer, cache, device):
     """Both models' vectors for the same token ids (A's tokenizer) -> x_NMD, fp16 on the CPU. Kept
-    in the folder `cache` under a hash of what changes them, so that 48 settings collect once:
-    texts, layer, the models' files (on the hub, links in a folder named by the commit)."""
+    in the folder `cache` under a hash of what changes them, so that 48 settings collect once;
+    of the models' files (on the hub, links in a folder named by the commit) the time stamps."""
     folders = [Path(named(cached_file, name, "config.json")).parent for name in (name_a, name_b)]
     files = [f for folder in folders for f in sorted(folder.iterdir()) if not f.is_symlink()]
     what = str(folders), [(f.name, f.stat().st_mtime_ns) for f in files], texts, layer, device
@@ -288,12 +280,12 @@ def collect_pair(name_a, name_b, texts, layer, cache, device):
 
 @contextlib.contextmanager
 def whole(path):
-    """Yields another place to write to, which becomes `path` when all went well: what bears its
-    name is never half a file, or half a folder."""
+    """Yields a place to write to, which becomes `path` when all went well: no file or folder of
+    that name is ever half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as home:
-        yield Path(home, path.name)
-        Path(home, path.name).replace(path)
+        yield (part := Path(home, path.name))
+        part.replace(path)
 
 # ---- 4. Texts ------------------------------------------------------------------------------------
 TOOL_ROW, PLAIN_ROW = ("instruction", "input", "output"), ("text",)  # the texts that a row holds
@@ -302,21 +294,21 @@ def read_rows(name, fields, limit=None):
     """Rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name" or
     "owner/name:config". Raises ValueError naming file and row, OSError."""
     if name.endswith(".jsonl"):
-        rows = [line for line in Path(name).read_bytes().split(b"\n") if line.strip()][:limit]
+        found = (json.loads(row) for row in Path(name).read_bytes().splitlines() if row.strip())
     else:
         try:
             from datasets import load_dataset
         except ImportError:
             raise ValueError(f"{name} is no .jsonl; for a dataset: pip install datasets") from None
         path, _, config = name.partition(":")
-        rows = load_dataset(path, config or None, split="train", streaming=True)
-        rows = list(rows.take(limit) if limit else rows)
-    for i, row in enumerate(rows):
-        try:
-            rows[i] = json.loads(row) if isinstance(row, bytes) else row
-            "".join(rows[i][field] for field in fields).encode()  # half a surrogate pair ends here
-        except (ValueError, LookupError, TypeError, RecursionError) as e:
-            raise ValueError(f"{name}, row {i + 1}, lacks a text {' or '.join(fields)}: {e}") from e
+        found = load_dataset(path, config or None, split="train", streaming=True)
+    rows = []
+    try:
+        for row in islice(found, limit):
+            "".join(row[field] for field in fields).encode()  # half a surrogate pair ends here
+            rows.append(row)
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        raise ValueError(f"{name}, row {len(rows) + 1}, needs the texts {fields}: {e}") from e
     return rows
 
 def split_of(row):
@@ -338,19 +330,18 @@ def prompt_of(row, tokenizer):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 def opened(prompt):
-    """What the template has begun to say for the assistant, nothing or the thought's tag: part of
-    the answer when it is scored, and not to be said twice."""
+    """What the template has already said of the answer: the thought's tag, or nothing."""
     return "<think>" if prompt.rstrip().endswith("<think>") else ""
 
 def chunks(text, tokenizer, size=30):
     """Pieces of `size` tokens or a little more that end where a sentence does (paper section 3,
     data); a shorter rest is left out, unless it is all there is."""
-    pieces, piece, count = [], [], 0
+    pieces, piece, length = [], [], 0
     for sentence in filter(str.strip, re.split(r"(?<=[.!?])\s+|\n+", text)):
         piece.append(sentence)
-        count += len(token_ids(tokenizer, sentence))
-        if count >= size:
-            pieces, piece, count = pieces + [" ".join(piece)], [], 0
+        length += len(token_ids(tokenizer, sentence))
+        if length >= size:
+            pieces, piece, length = pieces + [" ".join(piece)], [], 0
     return pieces if pieces or not piece else [" ".join(piece)]
 
 def tool_texts(rows, tokenizer, n, recipe, seed):
@@ -361,16 +352,15 @@ def tool_texts(rows, tokenizer, n, recipe, seed):
     golds = [row["output"].removeprefix(opened(p)) for p, row in zip(prompts, rows)]
     if recipe == "paper":
         return [c for p, g in zip(prompts, golds) for c in chunks(f"{p}\n{g}", tokenizer)][:n]
-    rng, out = random.Random(seed), [prompts[i % len(rows)] for i in range(n // 2)]
-    for i in range(n - len(out)):
-        text = prompts[i % len(rows)] + golds[i % len(rows)]
-        out.append(text[:rng.choice([m.start() for m in re.finditer(r"\s", text)])])
+    rng, out = random.Random(seed), list(islice(cycle(prompts), n // 2))
+    for text in islice(cycle(p + g for p, g in zip(prompts, golds)), n - len(out)):
+        out.append(text[:rng.choice([blank.start() for blank in re.finditer(r"\s", text)])])
     return out
 
 def texts_of(s, tokenizer, split, n, recipe="dfc", seed=0):
     """n tool texts, then n plain texts, of a split of the rows that the settings s name."""
-    tools, plain = ([row for row in read_rows(*source) if split_of(row) == split] for source in (
-        (s.tool_texts, TOOL_ROW), (s.plain_texts, PLAIN_ROW, 2 * s.n_texts)))
+    tools, plain = ([row for row in rows if split_of(row) == split] for rows in (
+        read_rows(s.tool_texts, TOOL_ROW), read_rows(s.plain_texts, PLAIN_ROW, 2 * s.n_texts)))
     if not tools or not plain:
         raise ValueError(f"{len(tools)} tool and {len(plain)} plain rows for {split}: too few")
     pieces = [chunk for row in plain for chunk in chunks(row["text"], tokenizer)]
@@ -380,52 +370,51 @@ def texts_of(s, tokenizer, split, n, recipe="dfc", seed=0):
 def batches(n, batch, seed):
     """Indices of one batch after another: every vector once an epoch, in a new order each time."""
     rng, batch = torch.Generator(), min(batch, n)
-    for epoch in range(2 ** 62):
+    for epoch in count():
         order = torch.randperm(n, generator=rng.manual_seed(seed * 1_000_003 + epoch))
         yield from order[:n - n % batch].split(batch)
-
-def lr_at(step, steps):
-    """[7] Factor of the learning rate: 5 % warm-up, constant, linear to zero over the last 20 %.
-    Published: constant, which leaves the noise of the last batches in the weights."""
-    return min(1, (step + 1) / max(1, .05 * steps), (steps - step) / max(1, .2 * steps))
 
 def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, seed=0, recipe="dfc",
           aux=1 / 32, dead_after=100):
     """Fit a crosscoder to raw vectors x_NMD on their device -> {term: share of the loss} over the
-    last tenth of the steps. Adam, gradient norm clipped at 1; on CUDA the encoder's product, and
-    with it the choice and the values of f, is bf16. l1_*: the lambdas; aux: weight of aux_loss; a
-    latent silent for dead_after steps counts as dead. recipe "paper": L1 as a mean over all
-    latents, no revival, constant rate. Raises ValueError where training diverges."""
-    order, published, cuda = batches(len(x_NMD), batch, seed), recipe == "paper", x_NMD.is_cuda
-    cc.confine(cc.W_enc.data, cc.W_dec.data)
+    last tenth of the steps. l1_*: the lambdas; aux: weight of aux_loss; a latent silent for
+    dead_after steps counts as dead. recipe "paper": L1 as a mean over all latents, no revival,
+    constant rate. Raises ValueError where training diverges."""
+    order, published = batches(len(x_NMD), batch, seed), recipe == "paper"
+    cc.confine(cc.W_enc, cc.W_dec)
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
     weight_L = torch.full_like(cc.b_enc.data, l1_shared)
     weight_L[:cc.n_a + cc.n_b] = l1_excl
     silent_L, shares = torch.zeros_like(weight_L), weight_L.new_zeros(3)
-    for step in (bar := tqdm(range(steps), desc="train", leave=False)):
-        opt.param_groups[0]["lr"] = lr if published else lr * lr_at(step, steps)
+    for step in tqdm(range(steps), "train", leave=False):
+        if not published:  # [7] 5 % warm-up, linear to zero over the last 20 %: a constant rate
+            # leaves the noise of the last batches in the weights
+            opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / (.05 * steps),
+                                                 (steps - step) / (.2 * steps))
         z_BMD = cc.normalise(x_NMD[next(order).to(x_NMD.device, non_blocking=True)])
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cuda):  # the encoder's product
-            f_Bk, index_Bk, pre_BL = cc.top(z_BMD)  # without a graph: reconstruct() brings its own
-        zhat_BMD, f_Bk = reconstruct(cc, z_BMD, f_Bk, index_Bk)
+        # The encoder's product, and with it the choice and the values of f, is bf16 on CUDA; it
+        # needs no graph, for Sparse brings its own
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, x_NMD.is_cuda):
+            f_Bk, index_Bk, pre_BL = cc.top(z_BMD)
+        zhat_BMD, f_Bk = Sparse.apply(z_BMD, f_Bk, index_Bk, cc.W_enc, cc.b_enc, cc.W_dec)
         zhat_BMD = zhat_BMD + cc.b_dec
+        mse = (z_BMD - zhat_BMD).pow(2).mean()
         mean_L = torch.zeros_like(weight_L).index_add(0, index_Bk.flatten(),
                                                       f_Bk.flatten() / len(f_Bk))
-        terms = [(z_BMD - zhat_BMD).pow(2).mean(), (weight_L * mean_L).mean(), mean_L.new_zeros(())]
-        if not published:
-            # [2] weighed by the rows' length, or f could be shrunk for free by longer rows; a sum,
-            # for as a mean over all latents lambda = 1e-3 weighs 0.1 % of the loss
-            terms[1] = (weight_L * mean_L * cc.W_dec.flatten(1).norm(dim=1)).sum()
-            silent_L = (silent_L + 1) * (mean_L == 0)
-            terms[2] = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent_L > dead_after)
+        silent_L = (silent_L + 1) * (mean_L == 0)
+        if published:
+            l1, revival = (weight_L * mean_L).mean(), 0 * mse
+        else:  # [2] a sum, weighed by the rows' length: published, lambda = 1e-3 weighs 0.1 % of
+            # the loss, and f could be shrunk for free by longer rows
+            l1 = (weight_L * mean_L * cc.W_dec.flatten(1).norm(dim=1)).sum()
+            revival = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent_L > dead_after)
+        terms = torch.stack([mse, l1, revival])
         opt.zero_grad()
-        sum(terms).backward()
+        terms.sum().backward()
         cc.confine(cc.W_enc.grad, cc.W_dec.grad)
         nn.utils.clip_grad_norm_(cc.parameters(), 1.)
         opt.step()
-        shares += torch.stack(terms).detach() * (step >= int(.9 * steps))
-        if step % 50 == 0:  # not more often: to read a figure, a GPU has to wait
-            bar.set_postfix(mse=f"{terms[0].item():.4f}")
+        shares += terms.detach() * (step >= int(.9 * steps))
     if not all(p.isfinite().all() for p in (shares, *cc.parameters())):
         raise ValueError(f"training diverged, nothing is saved: lower --lr {lr:g}")
     return dict(zip(("mse", "l1", "aux"), (shares / shares.sum()).tolist()))
@@ -433,17 +422,18 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
 def save(cc, folder, **more):
     """model.safetensors and config.json, in the authors' names and shapes plus mean and scale."""
     folder.mkdir()
-    enc_mask, dec_mask = torch.ones(2, 1, len(cc.b_enc)), torch.ones(len(cc.b_enc), 2, 1)
+    L, M, D = cc.W_dec.shape
+    enc_mask, dec_mask = torch.ones(M, 1, L), torch.ones(L, M, 1)
     cc.confine(enc_mask, dec_mask)
-    state = cc.state_dict() | {"enc_mask": enc_mask[:, 0], "dec_mask": dec_mask[..., 0]}
-    save_file({n: t.cpu().contiguous() for n, t in state.items()}, folder / "model.safetensors")
-    config = {"activation_dim": cc.b_dec.shape[1], "dict_size": len(cc.b_enc), "k": cc.k,
-              "n_a": cc.n_a, "n_b": cc.n_b, "tied": cc.tied} | more
+    masks = {"enc_mask": enc_mask[:, 0], "dec_mask": dec_mask[..., 0]}
+    save_file(cc.state_dict() | masks, folder / "model.safetensors")
+    config = {"activation_dim": D, "dict_size": L, "k": cc.k, "n_a": cc.n_a, "n_b": cc.n_b,
+              "tied": cc.tied} | more
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 def load(name, device="cpu"):
-    """A crosscoder from a run folder or from the hub; the authors' too (model.pt, read without
-    executing anything; without mean and scale, which are lost). Raises ValueError."""
+    """A crosscoder from a run folder or the hub; the authors' too (model.pt, read without executing
+    anything; their mean and scale are lost). Raises ValueError."""
     return named(read_crosscoder, name).to(device)
 
 def read_crosscoder(name):
@@ -453,7 +443,7 @@ def read_crosscoder(name):
         cached_file(name, "model.pt"), map_location="cpu", weights_only=True)
     state = {key: t.float() for key, t in state.items() if not key.endswith("mask")}
     cc.load_state_dict(dict(cc.named_buffers()) | state)
-    cc.confine(cc.W_enc.data, cc.W_dec.data)
+    cc.confine(cc.W_enc, cc.W_dec)
     return cc
 
 # ---- 6. The program ------------------------------------------------------------------------------
@@ -503,55 +493,48 @@ def parse_args(argv):
         Crosscoder(1, s.dict, s.k, s.n_a, s.n_b)
     return s
 
-@torch.no_grad()
-def measure(cc, x_NMD, dev_NMD):
-    """FVE on dev texts; on the training texts L0, the active latents per pair of vectors, and the
-    share of latents that are live, i.e. ever fire, both per partition."""
-    fires_L = sum((cc.encode(v) > 0).sum(0) for v in x_NMD.split(1024)) / len(x_NMD)
-    fires = {name: fires_L[part] for name, part in cc.parts().items()}
-    return {"fve": dict(zip("AB", fve(dev_NMD.float(), cc(dev_NMD)[0]).tolist())),
-            "l0": {name: f.sum().item() for name, f in fires.items()},
-            "live": {name: (f > 0).float().mean().item() for name, f in fires.items()}}
-
 def run(s, device):
-    """Collect, train, measure, save -> metrics. The folder gets its name when all is in it."""
+    """Collect, train, measure, save. The folder gets its name when all is in it."""
     began, tokenizer = time.time(), named(AutoTokenizer.from_pretrained, s.model_a)
-    texts = (texts_of(s, tokenizer, "train", s.n_texts, s.recipe, s.seed),
-             texts_of(s, tokenizer, "dev", 300))  # the same for every recipe and seed
-    x_NMD, dev_NMD = (collect_pair(s.model_a, s.model_b, t, s.layer, s.out.parent / "cache", device)
-                      .to(device) for t in texts)
-    norms_NM = x_NMD.float().norm(dim=2)
-    x_NMD = x_NMD[(norms_NM <= 10 * norms_NM.median(0).values).all(1)]  # no attention sinks
+    x_NMD, dev_NMD = (collect_pair(s.model_a, s.model_b, texts_of(s, tokenizer, *which), s.layer,
+                                   s.out.parent / "cache", device).to(device) for which in (
+        ("train", s.n_texts, s.recipe, s.seed), ("dev", 300)))  # dev: the same for all settings
     torch.empty(8 * s.dict * x_NMD[0].numel(), device=device)  # do weights, gradients, Adam fit?
-    collected, _ = time.time(), torch.manual_seed(s.seed)
+    collected = time.time()
+    torch.manual_seed(s.seed)
     cc = Crosscoder(x_NMD.shape[2], s.dict, s.k, s.n_a, s.n_b, s.tie_shared).to(device)
     cc.fit_scale(x_NMD)
     if s.recipe == "paper":  # encoder and decoder drawn independently
         cc.W_enc.data.normal_(std=cc.W_enc.std().item())
     else:
-        cc.fair_start(x_NMD[next(batches(len(x_NMD), 4096, s.seed)).to(device)])
+        cc.fair_start(x_NMD[next(batches(len(x_NMD), 4096, s.seed))])
     loss = train(cc, x_NMD, s.steps, s.batch, s.lr, s.l1_shared, s.l1_excl, s.seed, s.recipe)
-    m = measure(cc, x_NMD, dev_NMD) | {
-        "loss": loss, "seconds": {"collect": collected - began, "train": time.time() - collected},
-        "pairs": len(x_NMD), "config": vars(s) | {"out": str(s.out)}, "device": device,
-        "versions": {p.__name__: p.__version__ for p in (torch, np, transformers)}}
+    with torch.no_grad():
+        fires_L = sum((cc.encode(v) > 0).sum(0) for v in x_NMD.split(1024)) / len(x_NMD)
+        fires = {name: fires_L[part] for name, part in cc.parts().items()}
+        m = {"fve": dict(zip("AB", fve(dev_NMD.float(), cc(dev_NMD)[0]).tolist())),  # of dev texts
+             "l0": {name: f.sum().item() for name, f in fires.items()},  # active ones per pair
+             "live": {name: (f > 0).float().mean().item() for name, f in fires.items()},  # ever
+             "seconds": {"collect": collected - began, "train": time.time() - collected},
+             "loss": loss, "config": vars(s), "device": device,
+             "versions": {p.__name__: p.__version__ for p in (torch, np, transformers)}}
     with whole(s.out) as part:
         save(cc, part, layer=s.layer)
-        (part / "metrics.json").write_text(json.dumps(m, indent=1))
+        (part / "metrics.json").write_text(json.dumps(m, indent=1, default=str))
 
 def read_metrics(folder):
     """metrics.json of a finished run. Raises ValueError where there is none of ours."""
-    try:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         m = json.loads((Path(folder) / "metrics.json").read_text())
-        return m | {"config": {name: m["config"][name] for name in m["config"].keys() | SETTINGS}}
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise ValueError(f"{folder} is no finished run of dfc.py ({type(e).__name__}: {e})") from e
+        if m["config"].keys() >= SETTINGS.keys():
+            return m
+    raise ValueError(f"{folder} is no finished run of dfc.py: no metrics.json, or a damaged one")
 
 def cli(main, argv=None):
-    """Run a program's main. What the user can mend, a ValueError or an OSError, ours or a
-    library's, or too little memory, becomes one line and exit status 2; the rest are bugs."""
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
+    """main(argv). What the user can mend, a ValueError, an OSError or too little memory, becomes
+    one line and exit status 2; the rest are bugs."""
+    logging.disable_progress_bar()
+    logging.get_logger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
         return main(argv)
     except (ValueError, OSError, RuntimeError) as e:

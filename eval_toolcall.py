@@ -5,7 +5,7 @@ token replaced by the crosscoder's reconstruction (paper section 4, sufficiency)
 by what the reconstruction has to beat.
 
     python eval_toolcall.py                          # the newest run of dfc.py: half a minute
-    python eval_toolcall.py runs/a runs/b --show 3   # several; three rows in full
+    python eval_toolcall.py runs/a runs/b            # several
     python eval_toolcall.py antebe1/dfc-D8k-excl10-k45 --preset paper      # a published crosscoder
     python eval_toolcall.py --score answers.jsonl    # your own rows {output, prediction}: seconds
 
@@ -47,7 +47,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import cached_file
 
 from dfc import (TOOL_ROW, alike, cli, collect, hooked, load, load_model, needs_tool,
@@ -55,15 +57,15 @@ from dfc import (TOOL_ROW, alike, cli, collect, hooked, load, load_model, needs_
 
 # ---- 1. Parse and score --------------------------------------------------------------------------
 def parse_calls(text):
-    """([(name, its parameters as canonical JSON)], clean) of an answer; raises nothing.
+    """([(name, its parameters as canonical JSON)], tidy) of an answer; raises nothing.
 
     Read is what follows the last </think>, since thoughts mention the tags: in each <tool_call>
     block one JSON object after another, on lines of their own (ToolRL) or one a block with
-    "arguments" (Hermes). clean: every block is closed and holds calls and nothing else."""
-    calls, clean, read = [], True, json.JSONDecoder().raw_decode
+    "arguments" (Hermes). tidy: every block is closed and holds calls and nothing else."""
+    calls, tidy, read = [], True, json.JSONDecoder().raw_decode
     for block in text.rpartition("</think>")[2].split("<tool_call>")[1:]:
         body, closed, _ = block.partition("</tool_call>")
-        clean &= bool(closed and body.strip())
+        tidy &= bool(closed and body.strip())
         while body := body.strip():
             try:
                 call, end = read(body)
@@ -72,8 +74,8 @@ def parse_calls(text):
                 calls.append((call["name"] + "", json.dumps(dict(values.items()), sort_keys=True)))
                 body = body[end:]
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                clean, body = False, body.partition("\n")[2]
-    return calls, clean
+                tidy, body = False, body.partition("\n")[2]
+    return calls, tidy
 
 def responds(output, gold):
     """A non-empty <response>; plain text where the gold has no such tag. A thought that does not
@@ -130,14 +132,14 @@ def score(output, row):
     """All scores of one answer to a tool row; pure."""
     gold, tools = row["output"], [t.lower() for t in tool_names(row.get("instruction", ""))]
     output = output.split("<|im_start|>assistant")[-1].split("<|im_end|>")[0]
-    (calls, clean), (wanted, _) = parse_calls(output), parse_calls(gold)
+    (calls, tidy), (wanted, _) = parse_calls(output), parse_calls(gold)
     names = Counter(n for n, _ in calls) == Counter(n for n, _ in wanted)
     fits = Counter(calls) == Counter(wanted) and (bool(wanted) or responds(output, gold))
     first = (re.findall(r'"name"\s*:\s*"([^"]*)"', output.lower()) + [None])[0]
     p_form = int("<tool_call>" in output and first is not None)
     p_tool = int(bool(first) and any(first in tool or tool in first for tool in tools))
     form, correct = toolrl_format(output, gold), toolrl_correctness(output, gold)
-    return {"exact": int(clean and fits), "name": int(clean and names), "called": int(bool(calls)),
+    return {"exact": int(tidy and fits), "name": int(tidy and names), "called": int(bool(calls)),
             "false_call": int(bool(calls) and not wanted), "toolrl": form + correct,
             "toolrl_format": form, "toolrl_correctness": correct, "paper_format": p_form,
             "paper_tool": p_tool, "paper_overall": -1 + p_form + 2 * p_tool}
@@ -182,8 +184,7 @@ def chance(rows, seed=0):
             for name, texts in lines.items() if rows}
 
 def print_totals(lines):
-    """{line: totals [with "change": {pp, lo, hi}]} as a table: exact, called, the rewards on the
-    rows that need a tool; false calls, exact on those that do not."""
+    """{line: totals [with "change": {pp, lo, hi}]} as a table, both kinds of rows apart."""
     print(f"{'':28s}rows that need a tool:{'':29s}rows that do not:\n{'':28s}exact %  change, 95 %"
           f"{'':10s}called %  toolrl  paper %    exact %  false calls %")
     for name, t in lines.items():
@@ -196,17 +197,13 @@ def print_totals(lines):
 
 def score_file(name):
     """The job of --score: rows {output, prediction[, instruction]} of a .jsonl file."""
-    rows = read_rows(name, ("output", "prediction"))
+    every = read_rows(name, ("output", "prediction"))
+    rows = [row for row in every if parse_calls(row["output"])[1]]
     if not rows:
-        raise ValueError(f"{name} holds no row to score")
+        raise ValueError(f"{name} holds no row whose gold can be read")
+    print(f"{len(every) - len(rows)} of {len(every)} rows left out: gold unreadable")
     result = totals([score(row["prediction"], row) for row in rows], rows)
     print_totals({name: result} | chance(rows))
-    print(headline(name, result))
-
-def headline(name, total):
-    e = total["all"]["exact"]
-    return (f"{name}: exact on {e['pct']:.1f} % of {total['all']['n']} rows "
-            f"(95 % {e['lo']:.1f} to {e['hi']:.1f})")
 
 # ---- 3. Generate: greedy, batched, patched -------------------------------------------------------
 @torch.no_grad()
@@ -237,8 +234,7 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=Non
         for some in torch.arange(len(keep_V)).split(max(1, at_once // ids_RT.numel())):
             edit = everywhere or once(keep_V[some].repeat(len(rows))[:, None], None if v_VND is None
                                       else v_VND[some][:, rows].transpose(0, 1).flatten(0, 1))
-            own = copy.deepcopy(cache)
-            own.batch_repeat_interleave(len(some))
+            own = with_room(cache, len(some), max_new)
             with hooked(model, layer, edit):  # all spelled out: a model's file may ask for sampling
                 said = model.generate(
                     input_ids=ids_RT.repeat_interleave(len(some), 0), past_key_values=own,
@@ -250,6 +246,26 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=Non
                 n, v = rows[r // len(some)], some[r % len(some)]
                 out[v][n] = opened(prompts[n]) + tokenizer.decode(answer[:end])
     return out
+
+class Roomy(DynamicLayer):
+    """Keys and values with room for an answer: the library's own layer copies all of them at every
+    token, on a CPU half of the time."""
+    def update(self, keys, values, *_, **__):
+        end = self.keys.shape[-2] + keys.shape[-2]
+        for room, new in zip(self.rooms, (keys, values)):
+            room[..., end - new.shape[-2]:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+        return self.keys, self.values
+
+def with_room(cache, copies, room):
+    """A cache with each prompt's keys and values `copies` times, and room for more tokens."""
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(copies)
+    for layer in own.layers:
+        if type(layer) is DynamicLayer and layer.is_initialized:  # others keep a sliding window
+            layer.rooms = [F.pad(t, (0, 0, 0, room)) for t in (layer.keys, layer.values)]
+            layer.__class__ = Roomy
+    return own
 
 def once(keep_R1, v_RD=None):
     """An edit for hooked(): the last token becomes keep h + v in the first pass, and no more."""
@@ -382,12 +398,11 @@ def evaluate(run, args):
     lines = [{"prompt": prompt, "gold": row["output"], "answers": {
         m: {name: said[i] for name, said in versions.items()} for m, versions in texts.items()}}
         for i, (row, prompt) in enumerate(zip(rows, prompts))]
-    for line in lines[:args.show]:
-        print(json.dumps(line, indent=1))
     keep(folder, "evaluation", {"models": result, "chance": chance(rows), "rows": len(rows),
                                 "prompt": args.prompt, "seconds": time.time() - began},
          lines, "eval.jsonl")
-    print("\n" + headline("A, reconstruction", result["A"]["reconstruction"]))
+    print("exact on all rows, A, reconstruction: {pct:.1f} % (95 % {lo:.1f} to {hi:.1f})".format(
+        **result["A"]["reconstruction"]["all"]["exact"]))
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
@@ -398,7 +413,6 @@ def main(argv=None):
                    "the question, or as published the system text alone")
     p.add_argument("--rows", type=int, help="test rows of each kind (default: all)")
     p.add_argument("--max-new", type=int, help="tokens of an answer (64; preset paper: 512)")
-    p.add_argument("--show", type=int, default=0, metavar="N", help="print N rows in full")
     p.add_argument("--score", metavar="FILE", help="only score a .jsonl of your own answers")
     args = p.parse_args(argv)
     if args.score is not None:

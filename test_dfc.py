@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 import dfc
 import eval_toolcall as ev
 import steer
+from extras import grid, table, toy
 
 ROOT = Path(dfc.__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -108,11 +109,10 @@ def test_exclusive_latents_never_touch_the_other_model(n_a, n_b, tied):
 def test_a_fair_start_gives_every_partition_the_same_spread():
     cc, x = dfc.Crosscoder(32, 600, 8, 200, 200, True), torch.randn(1000, 2, 32)
     x[:, 1] = x[:, 0] + x[:, 1] / 2
-    cc.fit_scale(x)
-    cc.fair_start(x)
+    cc.fit_scale(x), cc.fair_start(x)
     pre = cc.top(cc.normalise(x))[2]
-    spread = [pre[:, part].std().item() for part in cc.parts().values()]
-    assert len(spread) == 3 and max(spread) / min(spread) < 1.01
+    a, b, shared = (pre[:, part].std().item() for part in cc.parts().values())
+    assert a == pytest.approx(shared, rel=.01) == b
 
 # ---- 2. Losses -----------------------------------------------------------------------------------
 def kept(pre, k):
@@ -124,7 +124,6 @@ def slow_train(cc, x, steps, batch, lr, l1_shared, l1_excl, dead_after, recipe):
     """train() by its formulas, with dense products and autograd, and SGD."""
     n, silent, order = cc.n_a + cc.n_b, 0, dfc.batches(len(x), batch, 0)
     price = torch.tensor([l1_excl] * n + [l1_shared] * (len(cc.b_enc) - n))
-    models = {"A-exclusive": [0], "B-exclusive": [1], "shared": [0, 1]}
     for step in range(steps):
         z, rate = cc.normalise(x[next(order)]), 1
         pre = torch.einsum("bmd,mdl->bl", z, cc.W_enc) + cc.b_enc
@@ -137,12 +136,13 @@ def slow_train(cc, x, steps, batch, lr, l1_shared, l1_excl, dead_after, recipe):
             rate = min(1, (step + 1) / (.05 * steps), (steps - step) / (.2 * steps))
             loss = loss + (price * f * cc.W_dec.flatten(1).norm(dim=1)).sum(1).mean()
             silent = (silent + 1) * (f.sum(0) == 0)
-            for name, part in cc.parts().items():
+            for part in cc.parts().values():
                 dead = torch.zeros(len(price), dtype=torch.bool)
                 dead[part] = silent[part] > dead_after
                 some = kept(pre.relu() * dead, min(int(dead.sum()), 2 * cc.k))
                 guess = (some @ cc.W_dec.flatten(1)).view_as(z)
-                error = ((z - zhat).detach() - guess)[:batch // 4 + 1, models[name]]
+                error = ((z - zhat).detach() - guess)[:batch // 4 + 1]
+                error = error[:, cc.W_dec[part].any(0).any(1)]  # of the models it writes
                 loss = loss + dead.any() * error.pow(2).mean() / 32
         cc.zero_grad()
         loss.backward()
@@ -177,7 +177,7 @@ def test_latents_that_start_too_weak_to_be_picked_are_revived():
         cc.W_enc.data[..., ::2] *= .2
         dfc.train(cc, x, 400, batch=128, lr=3e-3, dead_after=5, aux=aux)
         live.append((cc.encode(x) > 0).any(0)[::2].float().mean().item())
-    assert live[1] > live[0] + .3, live
+    assert live[1] > live[0] + .3
 
 def test_predicting_the_mean_gives_fve_0_and_the_truth_1():
     x = torch.randn(50, 2, 8) * 100 + 1000
@@ -192,21 +192,17 @@ def random_model(family, **more):
     config = getattr(transformers, f"{family}Config")(**sizes | window | more)
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
-def plain_texts(*lengths):
-    text = " ".join(row["text"] for row in rows_in(TINY / "text.jsonl")[:200])
-    return [text[1000 * i:1000 * i + n] for i, n in enumerate(lengths)]
-
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2"])
 def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, pair):
     model, (_, tokenizer) = random_model(family, max_position_embeddings=200), pair
-    texts = plain_texts(3, 300, 1, 990, 17, 400, 5, 30)
+    book = " ".join(row["text"] for row in rows_in(TINY / "text.jsonl")[:200])
+    texts = [book[i:i + n] for i, n in enumerate((3, 300, 1, 990, 17, 400, 5, 30))]
     for layer in (0, 1, 2):
         got = dfc.collect(model, tokenizer, texts, layer)
-        assert got.dtype == torch.float16
         for text, h in zip(texts, got.float() if layer < 2 else model.model.norm(got.float())):
             ids = torch.tensor([tokenizer(text)["input_ids"]])[:, -200:]  # it loses its beginning
             states = model(ids, output_hidden_states=True).hidden_states
-            assert close(h, states[layer + 1][0, -1], 8e-3)
+            assert close(h, states[layer + 1][0, -1], 8e-3)  # kept in fp16
 
 def test_a_hook_edits_one_blocks_output_and_is_gone_after_an_exception():
     model, ids = random_model("Llama"), torch.tensor([[5, 6, 7]])
@@ -215,16 +211,13 @@ def test_a_hook_edits_one_blocks_output_and_is_gone_after_an_exception():
         assert close(dfc.residual(model, ids, 1), clean + 1)
         assert not close(model(ids).logits, logits) and 1 / 0
     assert torch.equal(model(ids).logits, logits)
-    assert not any(block._forward_hooks for block in dfc.blocks(model))
 
 def test_activations_are_kept_under_what_changes_them_and_never_half_written(
         tmp_path, monkeypatch):
     shutil.copytree(TINY / "toolrl", a := tmp_path / "a")
     loads, load_model, cache = [], dfc.load_model, tmp_path / "cache"
     monkeypatch.setattr(dfc, "load_model", lambda *names: loads.append(1) or load_model(*names))
-
-    def collected(text="two words", layer=1):
-        """The vectors, and whether models were loaded for them."""
+    def collected(text="two words", layer=1):  # and were models loaded for it?
         loads.clear()
         pair = str(a), str(TINY / "base")
         return dfc.collect_pair(*pair, ["one", text], layer, cache, "cpu"), bool(loads)
@@ -251,33 +244,27 @@ def block(*calls):
 def says(*calls):
     return THINK + block(*calls)
 
-def row_of(gold, **more):
+def row_of(gold):
     tools = "1. Name: get_weather\n2. Name: get_time\n3. Name: get_weather_alerts"
-    return {"instruction": tools, "input": "q", "output": gold} | more
+    return {"instruction": tools, "input": "q", "output": gold}
+
+ONE, TWO, NONE = row_of(says(WEATHER)), row_of(says(SHORT, TIME)), row_of(RESPONSE)
 
 def test_a_row_belongs_to_one_split_and_needs_a_tool_where_its_answer_calls_one():
     counts = Counter(dfc.split_of({"text": str(i)}) for i in range(2000))
-    assert counts.total() == 2000 and counts.keys() == {"train", "dev", "test"}
     assert 150 < counts["dev"] < 250 and 150 < counts["test"] < 250
-    assert dfc.split_of({"text": "0", "split": "dev"}) == "dev" and dfc.needs_tool(row_of(says()))
+    assert dfc.split_of({"text": "0", "split": "dev"}) == "dev" and dfc.needs_tool(ONE)
     assert not dfc.needs_tool(row_of("<think> no <tool_call>? </think>\n<response> a </response>"))
 
 def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer(pair):
-    rows = rows_in(TINY / "tools.jsonl", "train")[:2]
-    prompts = [dfc.prompt_of(row, pair[1]) for row in rows]
-    full = [p + row["output"].removeprefix(dfc.opened(p)) for p, row in zip(prompts, rows)]
-    assert all(text.count("<think>") == 1 for text in full)  # the template may have opened it
-    texts = dfc.tool_texts(rows, pair[1], 40, "dfc", 0)
-    assert texts[:20] == prompts * 10 and len(set(texts[20:])) > 10
-    for text, whole in zip(texts[20:], full * 10):
-        assert whole.startswith(text) and whole[len(text)].isspace()
+    row = rows_in(TINY / "tools.jsonl", "train")[0]
+    prompt = dfc.prompt_of(row, pair[1])
+    whole = prompt + row["output"].removeprefix(dfc.opened(prompt))
+    texts = dfc.tool_texts([row], pair[1], 40, "dfc", 0)
+    assert texts[:20] == [prompt] * 20 and len(set(texts[20:])) > 5 and whole.count("<think>") == 1
+    assert all(whole.startswith(text) and whole[len(text)].isspace() for text in texts[20:])
 
 # ---- 5. Train, save, load ------------------------------------------------------------------------
-def test_batches_of_an_epoch_hold_every_vector_once_and_the_next_ones_are_others():
-    order = dfc.batches(50, 10, 3)
-    first, second = (torch.cat([next(order) for _ in range(5)]).tolist() for _ in range(2))
-    assert sorted(first) == sorted(second) == list(range(50)) and first != second
-
 def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp_path):
     cc, x = small(tied=True), torch.randn(400, 2, 8) * torch.tensor([[.05], [90.]]) + 7
     fit(cc, x, 300)
@@ -290,8 +277,7 @@ def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp
     assert {name: "x".join(map(str, t.shape)) for name, t in state.items()} == dict(
         W_enc="2x8x32", b_enc="32", W_dec="32x2x8", b_dec="2x8", mean="2x8", scale="2",
         enc_mask="2x32", dec_mask="32x2")
-    for mask in (state["enc_mask"], state["dec_mask"].T):
-        assert mask.tolist() == [[1] * 4 + [0] * 3 + [1] * 25, [0] * 4 + [1] * 28]
+    assert state["enc_mask"].sum(1).tolist() == state["dec_mask"].sum(0).tolist() == [29, 28]
 
 def published(folder, D=8, n=2, k=4, **masks):
     """A folder in the form of the paper's checkpoints, from random weights -> its crosscoder."""
@@ -323,30 +309,19 @@ def test_the_authors_checkpoints_load_and_foreign_cut_or_pickled_ones_are_refuse
             dfc.load(name)
     assert not Path("exploded").exists()
 
-def planted(same, n=8, concepts=40, D=32, N=4000):
-    """x_NMD of two linear models of sparse concepts, their directions, and where each is active.
-    The first n concepts are A's alone and the next n B's, unless both models are the same."""
-    d = F.normalize(torch.randn(concepts, 1, D).expand(-1, 2, -1), dim=-1).clone()
-    if not same:
-        d[:n, 1] = d[n:2 * n, 0] = 0
-    s = torch.zeros(N, concepts).scatter(1, torch.rand(N, concepts).topk(3).indices,
-                                         torch.rand(N, 3) + .5)
-    return torch.einsum("nc,cmd->nmd", s, d) + .02 * torch.randn(N, 2, D), d, s > 0
-
 @pytest.mark.parametrize("same", [False, True])
 def test_planted_exclusive_features_are_recovered_and_two_equal_models_yield_none(same):
-    x, d, on = planted(same)
-    cc = dfc.Crosscoder(32, 96, 3, 12, 12, tied=True)
-    fit(cc, x, 500, batch=256, lr=2e-2, dead_after=50)
-    rows, specific = F.normalize(cc.W_dec.detach(), dim=-1), 0
-    found = [(rows[part, m] @ d[8 * m:8 * m + 8, m].T).max(0).values.gt(.8).sum()
-             for m, part in enumerate((slice(0, 12), slice(12, 24)))]
+    x, d = toy.plant(C=40, D=32, N=4000, active=3)  # concepts 0 to 7 are A's alone, 8 to 15 B's
+    if same:
+        x[:, 1] = x[:, 0]
+    cc, specific = toy.fit(x, .125, True, k=3, steps=500).requires_grad_(False), 0
+    recalls = [toy.grade(cc, x, d, m)[0] for m in (0, 1)]
     for c in range(8):  # is a latent of A alone the one that "needs" concept c?
-        p, q = x[on[:, c]][:200], x[~on[:, c]][:200]
-        with torch.no_grad():
-            ranked = steer.ranking(cc, {"needs": p, "none": q, "tool": p, "plain": q})
+        order = (x[:, 0] @ d[c, 0]).argsort()
+        sets = {"none": x[order[:200]], "needs": x[order[-200:]]}
+        ranked = steer.ranking(cc, sets | {"tool": sets["needs"], "plain": sets["none"]})
         specific += any(map(steer.specific, ranked))
-    assert specific == 0 if same else min(*found, specific) >= 6, (found, specific)
+    assert specific == 0 if same else min(*recalls, specific / 8) >= .75, (recalls, specific)
 
 # ---- 6. The program dfc.py -----------------------------------------------------------------------
 def call(program, *argv):
@@ -358,14 +333,13 @@ def call(program, *argv):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with few.jsonl, the four shortest tool rows of every kind and split, and two
-    finished runs on them: run, and null, of A against itself. -> (the folder, their flags)
-
-    While it is there, runs train on and are measured on at most 60 texts of each kind."""
+    """A folder with few.jsonl, the two shortest tool rows of every kind and split, and two runs
+    on them: run, and null, of A against itself; at most 60 training or dev texts of each kind are
+    collected from then on. -> (the folder, the flags of its runs)"""
     home, kinds, texts_of = tmp_path_factory.mktemp("world"), {}, dfc.texts_of
     for row in sorted(rows_in(TINY / "tools.jsonl"), key=lambda row: len(row["instruction"])):
         kinds.setdefault((row["split"], row["kind"]), []).append(row)
-    (home / "few.jsonl").write_text(as_lines(*(row for rows in kinds.values() for row in rows[:4])))
+    (home / "few.jsonl").write_text(as_lines(*(row for rows in kinds.values() for row in rows[:2])))
     flags = ["--tool-texts", f"{home}/few.jsonl",
              *"--n-texts 60 --steps 200 --dict 96 --excl .12".split()]
     with pytest.MonkeyPatch.context() as m:
@@ -384,11 +358,9 @@ def test_recipe_and_preset_fill_in_what_is_not_asked_for_and_each_run_has_a_fold
              "--recipe paper": (51, 51, False, 1e-3),
              "--recipe paper --tie-shared --l1-shared 0": (51, 51, True, 0),
              "--recipe paper --preset paper": (819, 819, False, 1e-3)}
-    made = {flags: dfc.parse_args(flags.split()) for flags in asked}
-    assert len({s.out for s in made.values()}) == len(asked)
-    for flags, s in made.items():
-        sizes = int(s.excl * s.dict), int(s.excl_b * s.dict)
-        assert (*sizes, s.tie_shared, s.l1_shared) == asked[flags]
+    made = [dfc.parse_args(flags.split()) for flags in asked]
+    assert [(int(s.excl * s.dict), int(s.excl_b * s.dict), s.tie_shared, s.l1_shared)
+            for s in made] == list(asked.values()) and len({s.out for s in made}) == len(asked)
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_equal_weights(
@@ -396,7 +368,6 @@ def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_e
     (home, flags), save = world, dfc.save
     flags = [*flags, "--seed", seed, "--out", tmp_path / "run"]
     shutil.copytree(home / "cache", tmp_path / "cache")
-
     def killed(*args, **more):
         save(*args, **more)
         assert not (tmp_path / "run").exists()  # not at this moment either
@@ -415,55 +386,43 @@ def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_e
 def bad(world, tmp_path_factory):
     """A folder with rows, models and runs of every kind that cannot be used, by name."""
     home, row = tmp_path_factory.mktemp("bad"), rows_in(TINY / "tools.jsonl")[0]
-    for name in ("RUN", "CUTRUN", "NOMETRICS", "DAMAGED", "FOREIGN"):
+    for name in ("RUN", "DAMAGED", "FOREIGN"):
         shutil.copytree(world[0] / "run", home / name)
-    for name in ("MODEL", "CUTMODEL", "WIDE"):
-        shutil.copytree(TINY / "base", home / name)
-    (home / "NOMETRICS" / "metrics.json").unlink()
+    shutil.copytree(TINY / "base", home / "MODEL")
+    published(home / "PICKLE", b_enc=Bomb())
     for name, text in {
             "FILE": "", "EMPTY.jsonl": " \n", "BROKEN.jsonl": '{"text": "a"}\n{"text": \n',
-            "KEYS.jsonl": '{"words": "a"}\n', "ONE.jsonl": as_lines(row),
-            "SPLIT.jsonl": as_lines(row, row | {"split": "validation"}),
+            "ONE.jsonl": as_lines(row), "TWO.jsonl": as_lines(row, row | {"split": "validation"}),
             "LONE.jsonl": as_lines(row | {"prediction": ""}) + json.dumps(row | {
                 "input": "\ud800", "prediction": "\ud800"}),
             "DAMAGED/metrics.json": '{"config": {"mod', "FOREIGN/metrics.json": "{}"}.items():
         (home / name).write_text(text)
-    for name in ("CUTRUN", "CUTMODEL"):
-        os.truncate(home / name / "model.safetensors", 9000)
-    random_model("Qwen2").save_pretrained(home / "WIDE")
-    published(home / "PICKLE", b_enc=Bomb())
     return home
 
 BAD = """
---what:          dfc.py --what
 do not fit:      dfc.py --k 9999; dfc.py --excl .6 --excl-b .6
-NaN:             dfc.py --excl nan
 --seed:          dfc.py --seed 9223372036854775808
 memory:          dfc.py --dict 1000000000000
 diverged:        dfc.py --lr 1e9
 layer 9:         dfc.py --layer 9
 MISSING:         dfc.py --model-a MISSING; dfc.py --model-b MISSING
-FILE:            dfc.py --out FILE/run
-CUTMODEL:        dfc.py --model-b CUTMODEL
-shape:           dfc.py --model-b WIDE
 too few:         dfc.py --tool-texts ONE.jsonl
-validation:      dfc.py --tool-texts SPLIT.jsonl
-row 1:           dfc.py --plain-texts KEYS.jsonl
-row 2:           dfc.py --plain-texts BROKEN.jsonl; dfc.py --tool-texts LONE.jsonl
-row 2:           eval_toolcall.py --score LONE.jsonl
+validation:      dfc.py --tool-texts TWO.jsonl
+row 2:           dfc.py --tool-texts LONE.jsonl; eval_toolcall.py --score LONE.jsonl
+row 2:           dfc.py --plain-texts BROKEN.jsonl
 jsonl:           dfc.py --plain-texts nowhere.jsonl; eval_toolcall.py --score ""
-another:         dfc.py --out RUN --seed 5
-no finished run: dfc.py --out MODEL; dfc.py --out FILE; dfc.py --out NOMETRICS; dfc.py --out DAMAGED
-no finished run: dfc.py --out FOREIGN; eval_toolcall.py; eval_toolcall.py DAMAGED; steer.py nothing
-cannot load:     eval_toolcall.py CUTRUN; eval_toolcall.py PICKLE --preset tiny
-needs a tool:    eval_toolcall.py RUN --max-new 512
 no row:          eval_toolcall.py --score EMPTY.jsonl
+FILE:            dfc.py --out FILE/run
+another seed:    dfc.py --out RUN --seed 5
+no finished run: dfc.py --out MODEL; dfc.py --out FILE; dfc.py --out DAMAGED; dfc.py --out FOREIGN
+no finished run: eval_toolcall.py; eval_toolcall.py DAMAGED; steer.py nothing
+cannot load:     eval_toolcall.py PICKLE --preset tiny
+needs a tool:    eval_toolcall.py RUN --max-new 512
 --alpha:         steer.py RUN --alpha strong
-different:       steer.py RUN --latents 1 1; steer.py RUN --latents 999
-"""
+distinct:        steer.py RUN --latents 1 1; steer.py RUN --latents 999"""
 
 @pytest.mark.parametrize("says, command", [
-    (says, command) for says, commands in (line.split(":", 1) for line in BAD.split("\n")[1:-1])
+    (says, command) for says, commands in (line.split(":", 1) for line in BAD.split("\n")[1:])
     for command in commands.split(";")])
 def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
         says, command, bad, world, tmp_path, monkeypatch, capfd):
@@ -478,8 +437,6 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
     assert files(bad) == before and not files(tmp_path)
 
 # ---- 7. Scores -----------------------------------------------------------------------------------
-ONE, TWO, NONE = row_of(says(WEATHER)), row_of(says(SHORT, TIME)), row_of(RESPONSE)
-
 @pytest.mark.parametrize("row, output, expected", [  # ToolRL's format, correctness; paper; exact
     (ONE, says(WEATHER), "1 3 2 1"), (ONE, says(SHORT), "1 .75 2 0"),
     (ONE, says(WEATHER.replace("3", "5")), "1 1.5 2 0"),
@@ -510,7 +467,7 @@ def test_the_parser_raises_nothing_whatever_goes_in():
     rng = random.Random(0)
     pieces = ["<tool_call>", "</tool_call>", "</think>", "\n", WEATHER, "{", "}", '"name"', ":",
               "[" * 3000, "null", "\x00", "\ud800", '{"name": 3}', '"arguments": "{}"', "1e999",
-              "9" * 5000, '{"name": "a", "arguments": "[1"}', '{"name": "a", "parameters": []}']
+              "9" * 5000, '{"name": "a", "arguments": "[1"}']
     for _ in range(2000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
         calls, _ = ev.parse_calls(text)
@@ -529,18 +486,16 @@ def test_hermes_blocks_are_the_same_calls_and_what_is_broken_is_called_but_never
     assert ev.parse_calls(f"<think> {block(WEATHER)} </think> no") == ([], True)
 
 def test_exact_is_equality_as_json_has_it_and_a_response_where_no_call_is_wanted():
-    def calls(x):
-        return says('{"name": "f", "parameters": {"x": %s}}' % x)
-    for a, b, same in (("3", '"3"', 0), ("1", "true", 0), ("[1, 2]", "[2, 1]", 0), ("0", "null", 0),
+    call_f = '{"name": "f", "parameters": {"x": %s}}'
+    for a, b, same in (("3", '"3"', 0), ("1", "true", 0),
                        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 1)):
-        assert ev.score(calls(a), row_of(calls(b)))["exact"] == same
-    for gold, plain in (("It rains.", 1), (RESPONSE, 0)):  # does the row's format have the tag?
-        for text, exact in (("Yes.", plain), (RESPONSE, 1), ("", 0), (THINK, 0),
-                            (THINK + "<response> </response>", 0), ("<think> It could be", 0)):
-            assert ev.score(text, row_of(gold))["exact"] == exact
+        assert ev.score(says(call_f % a), row_of(says(call_f % b)))["exact"] == same
+    for text, *exact in (("Yes.", 0, 1), (RESPONSE, 1, 1), (THINK, 0, 0), ("<think> If", 0, 0),
+                         (THINK + "<response> </response>", 0, 0)):  # has the gold the tag?
+        assert [ev.score(text, row)["exact"] for row in (NONE, row_of("It rains."))] == exact
 
 def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
-    for hits, low, high in ((8, 49.02, 94.33), (0, 0, 27.75), (10, 72.25, 100)):
+    for hits, low, high in ((8, 49.02, 94.33), (0, 0, 27.75)):
         share = ev.wilson(hits, 10)
         assert list(share.values()) == pytest.approx([10 * hits, low, high], abs=.01)
     after, before = np.random.default_rng(1).integers(0, 2, (2, 400))
@@ -561,59 +516,48 @@ def test_totals_keep_rows_that_need_a_tool_apart_and_chance_never_reads_the_ques
         "first tool with {}", "always a response"))
     assert first["n"] == 3 and first["paper_tool"]["pct"] == 100  # not the row without tools
     assert first["exact"]["pct"] == none["exact"]["pct"] == pytest.approx(100 / 3)
-    drawn = ev.chance([ONE] * 300)["chance: random tool with {}"]["all"]
-    assert 23 < drawn["name"]["pct"] < 43
 
 def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
     rows = [ONE | {"prediction": says(WEATHER)}, ONE | {"prediction": "\u2028 no"}]
     bare = {"output": "Hi.", "prediction": "Hello."}  # lists no tools: not in the chance lines
     (tmp_path / "a.jsonl").write_text(as_lines(*rows, bare) + "\r\n")
     assert call(ev, "--score", tmp_path / "a.jsonl") == 0
-    out = capsys.readouterr().out
-    assert "exact on 66.7 % of 3 rows (95 % 20.8 to 93.9)" in out and out.count("\nchance: ") == 3
+    out = capsys.readouterr().out  # exact, called, toolrl, paper; exact and false calls
+    assert re.search(r"a.jsonl +50.0 +50.0 +0.50 +50.0 +100.0 +0.0\n", out)
+    assert out.count("\nchance: ") == 3
 
 # ---- 8. Generate, reconstruct --------------------------------------------------------------------
-def slowly(model, tokenizer, prompt, max_new, edit, layer=1):
+def slowly(model, tokenizer, prompt, max_new, edit):
     """A greedy answer, one token at a time, nothing kept from one pass to the next. edit(h_TD, n):
-    what becomes of the block's output, the first n tokens of which are the prompt."""
+    what becomes of block 1's output, the first n tokens of which are the prompt."""
     ids, said = tokenizer(prompt)["input_ids"], []
-    while len(said) < max_new and tokenizer.eos_token_id not in said:
-        with dfc.hooked(model, layer, lambda h: edit(h[0].clone(), len(ids))[None]):
+    ends = set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    while len(said) < max_new and not ends & set(said):
+        with dfc.hooked(model, 1, lambda h: edit(h[0].clone(), len(ids))[None]):
             said.append(model(torch.tensor([ids + said])).logits[0, -1].argmax().item())
-    return dfc.opened(prompt) + tokenizer.decode(
-        [token for token in said if token != tokenizer.eos_token_id])
-
-def some_prompts(tokenizer):
-    rows = rows_in(TINY / "tools.jsonl", "test")[:5]
-    return sorted((dfc.prompt_of(row, tokenizer) for row in rows), key=len)[::-1]
+    return dfc.opened(prompt) + tokenizer.decode([token for token in said if token not in ends])
 
 @pytest.mark.parametrize("family", ["the pair", "Llama", "Mistral", "Gemma2"])
-def test_batched_patched_answers_equal_one_prompt_one_token_at_a_time(family, pair):
+def test_batched_answers_patched_once_or_at_every_token_equal_one_prompt_one_token_at_a_time(
+        family, pair):
     models, tokenizer = pair
-    model, prompts = models["A"], some_prompts(tokenizer)
-    if family != "the pair":
-        model = random_model(family)
+    model = models["A"] if family == "the pair" else random_model(family)
+    rows = rows_in(TINY / "tools.jsonl", "test")[:5]
+    prompts = sorted((dfc.prompt_of(row, tokenizer) for row in rows), key=len)[::-1]
     own = dfc.collect(model, tokenizer, prompts, 1).float()
     nothing, *v = torch.zeros_like(own), *(2 * own.std() * torch.randn(3, *own.shape))
-    versions = {"clean": (1, nothing), "add": (1, v[0]), "replace": (0, v[1]), "mix": (.5, v[2]),
-                "own": (0, own)}
-    keep_V, v_VND = zip(*versions.values())
-    said = dict(zip(versions, ev.generate(model, tokenizer, prompts, 16, 1, keep_V,
-                                          torch.stack(v_VND), at_once=2000)))
-    assert said["clean"] == ev.generate(model, tokenizer, prompts, 16)[0]
-    assert said["clean"] == said["own"] or family != "the pair"  # fp16 is enough for that
-    for name, (keep, v_ND) in versions.items():
-        for v_D, prompt, text in zip(v_ND, prompts, said[name]):
+    keep_V, v_VND = (1, 0, 1, 0, .5), torch.stack([nothing, own, *v])
+    said = ev.generate(model, tokenizer, prompts, 16, 1, keep_V, v_VND, at_once=2000)
+    assert said[0] == ev.generate(model, tokenizer, prompts, 16)[0] != said[2]  # a patch of nothing
+    assert said[0] == said[1] or family != "the pair"  # its own activation, in fp16
+    for keep, v_ND, texts in zip(keep_V, v_VND, said):
+        for v_D, prompt, text in zip(v_ND, prompts, texts):
             def patch(h_TD, n):  # at the prompt's last token alone
                 h_TD[n - 1] = keep * h_TD[n - 1] + v_D
                 return h_TD
             assert text == slowly(model, tokenizer, prompt, 16, patch)
-
-def test_an_edit_everywhere_acts_at_every_token_of_prompt_and_answer(pair):
-    (models, tokenizer), prompts, u = pair, some_prompts(pair[1]), torch.randn(128) * 3
-    got, = ev.generate(models["A"], tokenizer, prompts, 12, 1, everywhere=lambda h: h + u)
-    assert got == [slowly(models["A"], tokenizer, p, 12, lambda h, _: h + u) for p in prompts]
-    assert got != ev.generate(models["A"], tokenizer, prompts, 12)[0]
+    got, = ev.generate(model, tokenizer, prompts, 16, 1, everywhere=lambda h: h + v[0][0])
+    assert got == [slowly(model, tokenizer, p, 16, lambda h, _: h + v[0][0]) for p in prompts]
 
 def test_reconstructions_are_what_the_decoder_says():
     cc, x = scaled(5, 4, 3), torch.randn(6, 2, 16) * 3 + 2
@@ -633,7 +577,6 @@ def test_reconstructions_are_what_the_decoder_says():
         for name, a in (("mean A", x[:, 0].mean(0)), ("another's A", x[i - 1, 0])):
             other = cc(torch.stack([a, x[i, 1]])[None])[0]
             assert close(got["B"][f"reconstruction, {name}"][i], other[0, 1])
-    assert "reconstruction, raw" not in ev.reconstructions(cc, x)["A"]
 
 def test_prompts_that_do_not_fit_are_left_out_and_counted(world, pair, capsys):
     s, (models, tokenizer) = argparse.Namespace(tool_texts=f"{world[0]}/few.jsonl"), pair
@@ -645,15 +588,13 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(world, pair, capsys):
     fit, _ = ev.rows_of(s, tokenizer, models["A"], "test", None, room)
     assert fit == [row for row, n in zip(test, lengths) if n < max(lengths)]
     assert capsys.readouterr().out.startswith(f"{len(test) - len(fit)} test rows left out")
-    few, bare = ev.rows_of(s, tokenizer, models["A"], "test", 2, style="paper")
-    assert set(Counter(row["kind"] for row in few).values()) == {2}
-    assert bare == [row["instruction"] for row in few]  # as published: without the question
+    few, bare = ev.rows_of(s, tokenizer, models["A"], "test", 1, style="paper")
+    assert len({row["kind"] for row in few}) == len(few) and bare[0] == few[0]["instruction"]
 
 # ---- 9. Steering ---------------------------------------------------------------------------------
 def test_cohens_d_is_the_textbook_value_and_auroc_counts_pairs_ties_half():
     p, q = torch.tensor([[2.], [4.], [6.]]), torch.tensor([[1.], [2.], [3.]])
     assert steer.cohens_d(p, q).item() == pytest.approx(2 / ((4 + 1) / 2) ** .5)
-    assert steer.cohens_d(p * 0, q * 0).item() == 0
     p, q = torch.randint(0, 4, (30, 3)).float(), torch.randint(0, 3, (20, 3)).float()
     slow = [np.mean([(a > b) + .5 * (a == b) for a in p[:, l] for b in q[:, l]]) for l in range(3)]
     assert steer.auroc(p, q).tolist() == pytest.approx(slow)
@@ -694,26 +635,24 @@ def scene(world):
     return r, steer.chosen(r, argparse.Namespace(latents=None))
 
 def test_latents_are_ranked_by_two_contrasts_of_dev_texts_in_the_authors_columns(scene):
-    (r, latents), rows = scene, rows_in(scene[0].s.tool_texts, "dev")
+    r, rows = scene[0], rows_in(scene[0].s.tool_texts, "dev")
     plain = [piece for row in rows_in(r.s.plain_texts)[:2 * r.s.n_texts] for piece in dfc.chunks(
         row["text"], r.tokenizer) if dfc.split_of(row) == "dev"]
     needs, none = ([dfc.prompt_of(row, r.tokenizer) for row in rows if dfc.needs_tool(row) is yes]
                    for yes in (True, False))
-    names = "cohens_d auroc fire_rate_tool fire_rate_nontool mean_tool mean_nontool diff"
+    names = "cohens_d auroc diff fire_rate_tool fire_rate_nontool"
     for contrast, *sets in (("needs/none", needs, none), ("tool/plain", dfc.tool_texts(
             rows, r.tokenizer, 300, "dfc", 0), plain)):
         p, q = (r.cc.encode(ev.pair_at(r.models, r.tokenizer, texts, r.s.layer)) for texts in sets)
-        slow_7L = torch.stack([steer.cohens_d(p, q), steer.auroc(p, q), *(
-            (f > 0).float().mean(0) for f in (p, q)), p.mean(0), q.mean(0), p.mean(0) - q.mean(0)])
-        best = sorted(slow_7L[0][slow_7L[0] > 0].tolist())[::-1]
+        slow_5L = torch.stack([steer.cohens_d(p, q), steer.auroc(p, q), p.mean(0) - q.mean(0),
+                               (p > 0).float().mean(0), (q > 0).float().mean(0)])
+        best = sorted(slow_5L[0][slow_5L[0] > 0].tolist())[::-1]
         got = [row for row in r.ranked if row["contrast"] == contrast]
         assert [row["cohens_d"] for row in got] == pytest.approx(best, rel=1e-2)
         for row in got:
-            slow = slow_7L[:, row["feature_idx"]].tolist()
+            slow = slow_5L[:, row["feature_idx"]].tolist()
             assert [row[n] for n in names.split()] == pytest.approx(slow, rel=1e-2, abs=1e-3)
             assert (row["partition"] == "A-exclusive") is (row["feature_idx"] < r.cc.n_a)
-    assert latents == [next(row["feature_idx"] for row in r.ranked
-                            if row["partition"] == "A-exclusive")]
 
 def test_controls_are_all_other_live_latents_and_have_each_prompts_length(scene, monkeypatch):
     (r, latents), seen, dev = scene, [], scene[0].dev
@@ -726,7 +665,6 @@ def test_controls_are_all_other_live_latents_and_have_each_prompts_length(scene,
     for name, rows in slow.items():
         cosines = units[name] @ F.normalize(rows, dim=1).T
         assert len(units[name]) == len(rows) > 0 and close(cosines.amax(0), torch.tensor(1.))
-    assert len(units["random"]) == 10
     monkeypatch.setattr(steer, "outcomes", lambda r, p, m, v_VND, *_: seen.append(v_VND) or [
         ([0], 0., [])] * len(v_VND))
     delta, every = torch.randn(5, 128), torch.cat(list(units.values()))[:, None]
@@ -739,9 +677,7 @@ VERDICTS = """
  10  20  rise   5   3   8   9   beyond every control
  10  20  rise  12   3   8   9   no
  10  20  rise   5  12   8   9   beyond random
- 10  20  rise   5   3  15   9   beyond random
   0  20  rise  -5  -3  -8  -9   no
- 10  20  fall   0   0   0   0   no
 -20 -10  fall  -5   3   0   9   beyond every control
 -20 -10  fall -12   3   0   0   no
 -20 -10  fall  -5   -   -   -   beyond random"""
@@ -754,15 +690,15 @@ def test_a_verdict_needs_the_whole_interval_beyond_each_control(line):
     effect = {"pp": 0., "lo": float(lo), "hi": float(hi)}
     assert steer.judge(effect, controls, 1 if hoped == "rise" else -1) == verdict
 
-def test_a_strength_is_chosen_by_exact_less_false_calls_and_is_the_smaller_where_equal(monkeypatch):
-    does = {.5: ([0, 1], 0.), 1: ([1, 1], 20.), 2: ([1], 10.), 4: ([1], 10.), 8: ([1], 80.)}
+def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_less_false_calls(monkeypatch):
+    does = {.5: ([0] * 9, 0.), 1: ([1] * 8 + [0], 5.), 2: ([1] * 8 + [0], 0.), 4: ([1] * 9, 90.)}
     monkeypatch.setattr(steer, "outcomes", lambda r, p, m, v_VND: [
         (*does[v.item()], []) for v in v_VND])
-    for strengths, best in (([.5, 1, 2, 4, 8], 2), ([8, 4, 2], 2), ([.5, 1], 1), ([.5, 8], .5)):
+    for strengths, best in (([.5, 1, 2, 4], 1), ([.5, 4], 4), ([.5, 2, 4], 2)):
         assert steer.best_strength(None, None, "A", torch.ones(1), strengths) == best
 
 # ---- 10. The whole method ------------------------------------------------------------------------
-def test_a_run_is_evaluated_and_steered_and_keeps_every_answer_total_and_claim(world):
+def test_a_run_is_evaluated_and_steered_and_keeps_every_answer_total_and_claim(world, capsys):
     run, null, rows = world[0] / "run", world[0] / "null", rows_in(world[0] / "few.jsonl", "test")
     before = json.loads((run / "metrics.json").read_text())
     assert call(ev, run, "--max-new", 24) == call(steer, run, null, "--rows", 1) == 0
@@ -773,16 +709,17 @@ def test_a_run_is_evaluated_and_steered_and_keeps_every_answer_total_and_claim(w
             hits = sum(ev.score(a[m][name], row)["exact"] for a, row in zip(answers, rows))
             assert total["all"]["exact"] == pytest.approx(ev.wilson(hits, len(rows)))
         assert all(a[m]["own activation"] == a[m]["clean"] for a in answers)
-    steering, kinds = after["steering"], {"down", "up", "into B"}
+    steering, kinds = after["steering"], Counter()
     for claim in steering["claims"]:
-        assert claim["effect"].keys() == {"pp", "lo", "hi"} and 0 <= claim["false_calls"] <= 100
-        assert claim["verdict"] in ("no", "beyond random", "beyond every control")
-        assert len(claim["controls"]["random"]) == 10
-        assert len(claim["controls"]) == (4 if claim["kind"] in kinds else 1)
-    assert kinds <= {claim["kind"] for claim in steering["claims"]}
+        kinds[claim["kind"]] += len(claim["controls"]) == 4 and 0 <= claim["false_calls"] <= 100
+        assert claim["verdict"] == "too few rows"
+    assert min(kinds[kind] for kind in ("down", "up", "into B")) > 0
     assert len(steering["plain_text"]["random"]) == 10 and len(steering["constants"]) == 6
     assert steering["specific"].keys() == {"run", "null"} and before.items() <= after.items()
     assert "cohens_d,auroc,fire_rate_tool,fire_rate_nontool" in (run / "ranking.csv").read_text()
+    assert call(table, run) == 0  # the sweep's table, with the published figures beside ours
+    change, out = versions["reconstruction"]["change"]["pp"], capsys.readouterr().out
+    assert f"{change:+.1f} ± 0.0" in out and "+31.2 ± 9.7, +6.7 ± 4.9" in out
 
 def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_latent_fires(
         scene, capsys):
@@ -792,16 +729,16 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
     steer.monitor(r, argparse.Namespace(monitor=text), latents)
     out, prompt = capsys.readouterr().out, steer.own_prompt(r, text)
     assert prompt.count(text) == 2  # said to the row whose tools have most words in common with it
-    x = ev.pair_at(r.models, r.tokenizer, [prompt], r.s.layer)
-    gone = steer.delta(r.cc, r.cc.encode(x), latents, 0)
+    f_NL = r.cc.encode(ev.pair_at(r.models, r.tokenizer, [prompt], r.s.layer))
+    v_VND = torch.stack([steer.delta(r.cc, f_NL, latents, alpha) for alpha in (1, 0)])
     (clean,), (steered,) = ev.generate(r.models["A"], r.tokenizer, [prompt], 12, r.s.layer, (1, 1),
-                                       torch.stack([0 * gone, gone]))
+                                       v_VND)
     assert f"alpha = 1\n{clean}" in out and f"alpha = 0\n{steered}" in out
-    ids = r.tokenizer(prompt + clean.removeprefix(dfc.opened(prompt)), return_tensors="pt")
-    x = [dfc.residual(m, ids["input_ids"], r.s.layer)[0] for m in r.models.values()]
+    ids = torch.tensor([r.tokenizer(prompt + clean.removeprefix(dfc.opened(prompt)))["input_ids"]])
+    x = [dfc.residual(m, ids, r.s.layer)[0] for m in r.models.values()]
     fires = r.cc.encode(torch.stack(x, 1))[:, latents[0]] > 0
-    shown = re.findall(r"^ *\d+ +['\"].*", out, re.M)
-    assert [" * " in line for line in shown] == fires.tolist()
+    lines = re.findall(r"^ *\d+ +['\"].*", out, re.M)
+    assert [line.endswith("*") for line in lines] == fires.tolist()
 
 def test_a_published_crosscoder_is_evaluated_again_and_again_and_steered(
         world, tmp_path, monkeypatch):
@@ -814,33 +751,37 @@ def test_a_published_crosscoder_is_evaluated_again_and_again_and_steered(
     assert "reconstruction, raw" in result["evaluation"]["models"]["B"]
 
 # ---- 11. The embedded pair, the README, the pieces -----------------------------------------------
-def test_the_pair_is_small_and_no_question_of_a_test_row_is_asked_in_train_or_dev():
-    for name in ("base", "toolrl"):
-        assert sum(f.stat().st_size for f in (TINY / name).iterdir()) <= 8e6
-    asked, kinds = {}, Counter()
+def test_no_question_of_a_test_row_is_asked_in_train_or_dev_and_every_gold_answer_is_exact():
+    asked, kinds = {True: set(), False: set()}, Counter()
     for row in rows_in(TINY / "tools.jsonl"):
-        user = row["input"].removeprefix("<user>").removesuffix("</user>").strip().lower()
-        asked.setdefault(user, set()).add(row["split"] == "test")
+        asked[row["split"] == "test"].add(row["input"].strip().lower())
         kinds[row["kind"]] += row["split"] == "test"
         assert ev.score(row["output"], row)["exact"] == 1
         assert dfc.needs_tool(row) is (row["kind"] in ("ask", "hint"))
-    assert min(kinds.values()) >= 60
-    assert not [user for user, splits in asked.items() if len(splits) > 1]
+    assert min(kinds.values()) >= 60 and not asked[True] & asked[False]
+
+def test_the_pair_behaves_as_its_readme_says(pair):
+    table = re.findall(r"^\| (base|toolrl) \| (\w+) \| \d+ \| \d+ \((\d+)-(\d+)\)",
+                       (TINY / "README.md").read_text(), re.M)
+    for name, kind, low, high in table:
+        rows = [row for row in rows_in(TINY / "tools.jsonl", "test") if row["kind"] == kind][:20]
+        prompts, m = [dfc.prompt_of(row, pair[1]) for row in rows], "AB"[name == "base"]
+        said, = ev.generate(pair[0][m], pair[1], prompts, 64)
+        exact = ev.wilson(sum(ev.score(text, row)["exact"] for text, row in zip(said, rows)), 20)
+        assert exact["lo"] <= int(high) and int(low) <= exact["hi"] and len(table) == 10
 
 def test_every_command_of_the_readme_is_understood(monkeypatch):
     parse = argparse.ArgumentParser.parse_args
-
     def parse_only(*args):
         parse(*args)
         raise KeyboardInterrupt
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    commands = re.findall(r"^ {4}.*?\b(python|bash) ([\w/]+\.\w+)([^#&\n]*)",
-                          (ROOT / "README.md").read_text(), re.M)
+    lines = re.findall(r"^ {4}([^#\n]*)", (ROOT / "README.md").read_text(), re.M)
+    commands = re.findall(r"\bpython ([\w/]+\.py)([^&;\n]*)", "\n".join(lines))
     assert len(commands) >= 6
-    for interpreter, program, argv in commands:
-        assert (ROOT / program).is_file()
+    for program, argv in commands:
         monkeypatch.setattr(sys, "argv", [program, *shlex.split(argv)])
-        if interpreter == "python" and "plot" not in program:  # figures need matplotlib
+        if "plot" not in program:  # figures need matplotlib
             with pytest.raises(KeyboardInterrupt):
                 runpy.run_path(str(ROOT / program), run_name="__main__")
 
@@ -851,33 +792,59 @@ PIECES = {  # a piece and what to copy with it: an example
     "Crosscoder": "Crosscoder(16, 32, 5, 4, 3, True)(x)",
     "train batches lr_at reconstruct Sparse add_outer aux_loss":
         "train(cc.requires_grad_(), x, 9, 16, 1e-2, dead_after=2), cc.W_enc",
-    "fve": "fve(x, cc(x)[0])", "exclusivity": "exclusivity(cc, x, cc.encode(x))",
+    "fve": "fve(x, cc(x)[0])", "parse_calls": "parse_calls(gold)",
     "collect alike token_ids residual hooked blocks DeepEnough":
         "collect(model, tokenizer, ['abc', 'de'], 1)",
     "chunks token_ids": "chunks('One two. Three four! Five.', tokenizer, 4)",
-    "parse_calls": "parse_calls(gold)", "reconstructions": "reconstructions(cc, x, True)",
+    "reconstructions": "reconstructions(cc, x, True)", "taken_away": "taken_away(cc, [0])(x[:, 0])",
     "score parse_calls responds toolrl_format toolrl_correctness jaccard tool_names":
         "score(gold, {'output': gold})",
-    "generate alike token_ids opened hooked blocks once":
-        "generate(model, tokenizer, ['An alarm', 'Hi'], 3, 1, (0,), x[None, :2, 0])",
-    "taken_away": "taken_away(cc, [0])(x[:, 0])"}
+    "generate alike token_ids opened hooked blocks once with_room Roomy":
+        "generate(model, tokenizer, ['An alarm', 'Hi'], 3, 1, (0,), x[None, :2, 0])"}
 
 @pytest.mark.parametrize("names", PIECES, ids=lambda names: names.split()[0])
 def test_each_piece_can_be_copied_alone(names, pair):
-    whole, copied = {}, {}  # the three files; a file with the libraries and the piece
+    here, copied, made = {}, {}, []  # the three files; a file with the piece and the libraries
     for module in (dfc, ev, steer):
-        whole |= vars(module)
+        here |= vars(module)
         for node in ast.parse(Path(module.__file__).read_text()).body:
-            library = isinstance(node, ast.Import) or getattr(node, "module", "dfc") not in (
-                "dfc", "eval_toolcall")
-            if library or getattr(node, "name", "") in names.split():
+            if (getattr(node, "name", "") in names.split() or isinstance(node, ast.Import)
+                    or getattr(node, "module", "dfc") not in ("dfc", "eval_toolcall")):
                 exec(ast.unparse(node), copied)
-    made = []
-    for names_there in (whole, copied):
+    for there in (here, copied):
         torch.manual_seed(0)
-        things = {"cc": scaled(5, 4, 3), "x": torch.randn(80, 2, 16), "tokenizer": pair[1],
-                  "model": random_model("Qwen2"), "gold": says(SHORT)}
-        made.append(str(eval(PIECES[names], names_there | things)))
+        made.append(str(eval(PIECES[names], there | {
+            "cc": scaled(5, 4, 3), "x": torch.randn(80, 2, 16), "tokenizer": pair[1],
+            "model": random_model("Qwen2"), "gold": says(SHORT)})))
     assert made[0] == made[1]
 
-# ---- extras --------------------------------------------------------------------------------------
+# ---- 12. Extras ---------------------------------------------------------------------------------
+def test_grid_cells_equal_steering_one_prompt_at_a_time_and_are_not_done_again(
+        scene, tmp_path, monkeypatch):
+    r = argparse.Namespace(**vars(scene[0]) | {"folder": tmp_path, "max_new": 40})
+    cells = [(1.,), (0., *scene[1]), (4., *scene[1])]
+    p = steer.place(r, "test", 1)
+    found = grid.answer(r, p, cells)
+    for alpha, *some in cells:
+        d_ND = steer.delta(r.cc, p.f_NL, some, alpha)
+        said = [ev.generate(r.models["A"], r.tokenizer, [prompt], 40, r.s.layer, (1,),
+                            d_D[None, None])[0][0] for prompt, d_D in zip(p.prompts, d_ND)]
+        exact = [ev.score(text, row)["exact"] for text, row in zip(said, p.rows)]
+        assert found[alpha, *some]["exact"] == [e for e, needs in zip(exact, p.needs) if needs]
+    monkeypatch.setattr(grid, "outcomes", None)
+    assert grid.answer(r, p, cells)[cells[1]]["exact"] == found[cells[1]]["exact"]
+
+def test_the_best_cell_is_chosen_on_dev_and_reported_on_test():
+    def place(*cells):
+        keys = (1.,), (2., 5), (4., 5)
+        return {key: {"exact": e, "false_calls": false} for key, (e, false) in zip(keys, cells)}
+    dev = place(([0, 0], 0), ([0, 1], 0), ([1, 1], 90))
+    test = place(([0, 0], 0), ([1, 1], 3), ([1, 0], 60))
+    for less_false, chosen in ((0, (4, 50, 60)), (1, (2, 100, 3))):
+        best = grid.best_of(dev, test, {("A", 1, 2.): [5], ("A", 1, 4.): [5]}, less_false)
+        assert (best["alpha"], best["test"]["pp"], best["false_calls"]) == chosen
+
+def test_a_sign_flip_p_is_counted_by_hand():
+    for effects, p in (([2, 2, 1], 2 / 8), ([1, 1, -1], 1), ([4, 3, 2, -1], 4 / 16)):
+        assert grid.sign_flip(effects) == p
+

@@ -1,6 +1,6 @@
 """What dfc costs, beside the published loops and other libraries.
 
-    python extras/bench.py            # training: a whole run, then steps: six minutes on 2 CPU cores
+    python extras/bench.py            # training: a whole run, and steps: six minutes on 2 CPU cores
     python extras/bench.py collect    # activations: half a minute
     python extras/bench.py generate   # patched answers, the unit of every grid: a minute
     python extras/bench.py real       # Qwen2.5-3B's shape, random weights, through everything: two
@@ -8,14 +8,15 @@
 "published" is the published loop, written again: fp32, dense products over all latents, a second
 forward pass for statistics and .item() in every step; for collection batches of 8 texts in their
 order, all layers kept; for answers one prompt at a time, the whole prompt again for every version.
-Contenders take turns, so that what else the machine does hits all alike; printed are the median, the
-range, and how many times the first line. Only ratios within one run mean anything.
+Contenders take turns, so that what else the machine does hits all alike; printed are the median,
+the range, and how many times the first line. Only ratios within one run mean anything.
 
 The figure to claim is the whole run's, with dead latents and their revival: steps on fresh weights,
-where nothing can be dead yet, are faster. For two other libraries (TopK autoencoders of both vectors
-laid end to end, which are the same products; the constraint keeps torch as it is):
+where nothing can be dead yet, are faster. Two other libraries train TopK autoencoders of both
+vectors laid end to end, which are the same products; the constraint keeps torch as it is, and
+torchvision, which comes along, does not fit a CPU build of torch and would break transformers:
 
-    pip install -c requirements.txt dictionary-learning eai-sparsify
+    pip install -c requirements.txt dictionary-learning eai-sparsify; pip uninstall torchvision
 """
 
 import argparse
@@ -35,7 +36,6 @@ import eval_toolcall as ev
 import steer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-os.environ["TQDM_DISABLE"] = "1"
 if DEVICE == "cpu":
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # eai-sparsify: triton compiles for GPUs only
 
@@ -82,17 +82,17 @@ def published_steps(x_NMD, L, k, batch, n):
     return lambda: [step() for _ in range(n)]
 
 def our_steps(x_NMD, L, k, batch, n, **how):
+    """n steps of ours, as a function."""
     cc = dfc.Crosscoder(x_NMD.shape[2], L, k, L // 10, 0, True).to(DEVICE)
     return lambda: dfc.train(cc, x_NMD, n, batch, **how)
 
 def others(x_NMD, L, k, batch, n):
-    """One step of each other library that is installed, n times."""
+    """One step of each other library, if both are installed."""
     try:
         from dictionary_learning.trainers.top_k import TopKTrainer
         from sparsify import SparseCoder, SparseCoderConfig
     except ImportError as e:
-        print(f"others left out ({e}): pip install -c requirements.txt dictionary-learning "
-              "eai-sparsify")
+        print(f"\nother libraries left out: {e}")
         return {}
     x_BE, none_dead = x_NMD[:batch].flatten(1).float(), torch.zeros(L, dtype=torch.bool).to(DEVICE)
     trainer = TopKTrainer(10 ** 6, x_BE.shape[1], L, k, 0, "", lr=1e-4, seed=0, device=DEVICE)
@@ -105,56 +105,51 @@ def others(x_NMD, L, k, batch, n):
         coder.remove_gradient_parallel_to_decoder_directions()
         opt.step()
         opt.zero_grad()
-    return {"dictionary-learning, TopKTrainer": (
-        lambda: [trainer.update(2000, x_BE) for _ in range(n)], n),
-        "eai-sparsify, SparseCoder": (lambda: [step() for _ in range(n)], n)}
+    return {"dictionary-learning, TopKTrainer": (lambda: trainer.update(2000, x_BE), 1),
+            "eai-sparsify, SparseCoder": (step, 1)}
 
-def whole_run(sample=20):
-    """python dfc.py --dict 8192 --k 45, all its steps, between two samples of the published loop."""
+def train(sample=20):
+    """The figure to claim, python dfc.py --dict 8192 --k 45 between two samples of the published
+    loop; then single steps."""
     s = dfc.parse_args(["--dict", "8192", "--k", "45"])
     texts = dfc.texts_of(s, AutoTokenizer.from_pretrained(s.model_a), "train", s.n_texts)
     x_NMD = dfc.collect_pair(s.model_a, s.model_b, texts, s.layer, "runs/cache", DEVICE).to(DEVICE)
-    torch.manual_seed(0)
     cc = dfc.Crosscoder(x_NMD.shape[2], s.dict, s.k, s.n_a, s.n_b, s.tie_shared).to(DEVICE)
     cc.fit_scale(x_NMD)
     cc.fair_start(x_NMD[:4096])
     published = published_steps(x_NMD, s.dict, s.k, s.batch, sample)
-    published()
-    theirs = [seconds(published) / sample]
+    published()  # warms up
+    before = seconds(published)
     ours = seconds(lambda: dfc.train(cc, x_NMD, s.steps, s.batch, s.lr, s.l1_shared, s.l1_excl))
-    fresh = our_steps(x_NMD, s.dict, s.k, s.batch, sample)
-    theirs.append(seconds(published) / sample)
-    print(f"a whole run, {s.dict} latents, k {s.k}, {s.steps} steps of {s.batch} pairs\n"
-          f"  dfc, with revival{ours:24.1f} s, {1e3 * ours / s.steps:.1f} ms a step (in the first "
-          f"{sample} steps {1e3 * seconds(fresh) / sample:.1f})\n"
-          f"  published, scaled from {sample} steps, twice{s.steps * sum(theirs) / 2:7.1f} s, "
-          f"{1e3 * min(theirs):.1f} to {1e3 * max(theirs):.1f} ms a step\n"
-          f"  {s.steps * sum(theirs) / 2 / ours:.2f} x", flush=True)
+    theirs = [s.steps / sample * t for t in (before, seconds(published))]
+    print(f"\na whole run, {s.steps} steps of {s.batch} pairs, {s.dict} latents, k {s.k}\n"
+          f"  dfc, with revival{ours:12.1f} s\n  published{sum(theirs) / 2:20.1f} s, scaled from "
+          f"{sample} steps before ({theirs[0]:.1f}) and {sample} after ({theirs[1]:.1f})\n"
+          f"  {sum(theirs) / 2 / ours:.2f} x", flush=True)
+    steps(128, 8192, 45, 1024, 5)
+    if DEVICE == "cuda":
+        steps(2048, 8192, 45, 1024, 100)
 
-def steps():
-    """Single steps on random vectors, of the paper's size where there is a GPU."""
-    D, L, k, batch = (2048 if DEVICE == "cuda" else 128), 8192, 45, 1024
-    x_NMD, n = torch.randn(4 * batch, 2, D, device=DEVICE), (100 if DEVICE == "cuda" else 5)
-    race(f"a training step, D {D}, {L} latents, k {k}, {batch} pairs", {
-        "dfc, nothing dead": (our_steps(x_NMD, L, k, batch, n), n),
-        "dfc, every silent latent revived": (our_steps(x_NMD, L, k, batch, n, dead_after=0), n),
-        "published": (published_steps(x_NMD, L, k, batch, n), n), **others(x_NMD, L, k, batch, n)})
-
-def train():
-    whole_run()
-    steps()
+def steps(D, L, k, batch, n):
+    """n single steps on random vectors, in which no latent is dead unless all are said to be."""
+    x_NMD = torch.randn(4 * batch, 2, D, device=DEVICE)
+    size = x_NMD, L, k, batch, n
+    race(f"a training step, width {D}, {L} latents, k {k}, {batch} pairs", {
+        "dfc, no latent dead": (our_steps(*size), n),
+        "dfc, every latent taken for dead": (our_steps(*size, dead_after=-1), n),
+        "published": (published_steps(*size), n)} | others(*size))
 
 # ---- 3. Collection and answers -------------------------------------------------------------------
 
-def embedded(split, n):
-    """(settings, {"A", "B"}, tokenizer, 2 n texts, test prompts) of the embedded pair."""
+def embedded(n):
+    """(settings, {"A", "B"}, tokenizer, 2 n texts, n test prompts) of the embedded pair."""
     s = dfc.parse_args([])
     (a, tokenizer), (b, _) = (dfc.load_model(name, DEVICE) for name in (s.model_a, s.model_b))
-    texts = dfc.texts_of(s, tokenizer, split, n)
-    return s, {"A": a, "B": b}, tokenizer, texts, ev.rows_of(s, tokenizer, a, "test", n)[1]
+    prompts = ev.rows_of(s, tokenizer, a, "test")[1][:n]
+    return s, {"A": a, "B": b}, tokenizer, dfc.texts_of(s, tokenizer, "train", n), prompts
 
 def collect():
-    s, models, tokenizer, texts, _ = embedded("train", 150)
+    s, models, tokenizer, texts, _ = embedded(150)
 
     @torch.no_grad()
     def published():
@@ -167,7 +162,7 @@ def collect():
         "published": (published, len(texts))})
 
 def generate(versions=8, some=3):
-    s, models, tokenizer, _, prompts = embedded("train", 8)
+    s, models, tokenizer, _, prompts = embedded(40)
     x_NMD = ev.pair_at(models, tokenizer, prompts, s.layer)
     v_VND = torch.stack([(x_NMD[:, 1] - x_NMD[:, 0]) * v / versions for v in range(versions)])
 
@@ -198,7 +193,7 @@ def stage(name):
 def real(steps=3):
     """Qwen2.5-3B's shape with random weights: what fits, and what it costs. No score means anything
     here. On a CPU 2 of the 36 layers."""
-    s, _, tokenizer, texts, prompts = embedded("train", 100)
+    s, _, tokenizer, texts, prompts = embedded(100)
     n, layer = (36, 13) if DEVICE == "cuda" else (2, 1)
     config = Qwen2Config(hidden_size=2048, num_hidden_layers=n, num_attention_heads=16,
                          num_key_value_heads=2, intermediate_size=11008, vocab_size=151_936,

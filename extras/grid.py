@@ -10,13 +10,12 @@ chosen on dev rows and reported on test rows, and it is chosen twice: by exact c
 and by exact calls less false calls, as steer.py does. A strength that answers every prompt with a
 call may be the best by the first count and is worth nothing by the second.
 
-    python extras/grid.py                           # the newest run: four minutes on 2 CPU cores
+    python extras/grid.py                           # the newest run: three minutes on 2 CPU cores
     python extras/grid.py runs/dfc runs/plain       # and a plain crosscoder
     python extras/grid.py runs/layer*               # and the best cell of each layer, together
 
 Cells are added to the run's grid.jsonl as they are done: a killed grid goes on from there, so does
-one with more --sizes or --alpha. They count for the same weights, models and rows only. The table
-goes into metrics.json, key "grid": extras/plot.py draws it.
+one with more --sizes or --alpha. They count for the same weights, models and rows only.
 """
 
 import argparse
@@ -46,11 +45,12 @@ def cells_of(r, sizes, alphas):
               "A-exclusive + shared": ["A-exclusive", "shared"]}
     if not r.cc.n_a + r.cc.n_b:
         groups = {"plain crosscoder": ["shared"]}
-    groups = {name: [row["feature_idx"] for row in r.ranked if row["contrast"] == "needs/none"
-                     and row["partition"] in parts] for name, parts in groups.items()}
-    cells = {(name, n, a): latents[:n] for name, latents in groups.items()
-             for n in sorted(set(sizes)) if 0 < n <= len(latents)
-             for a in sorted(set(alphas) - {1}, key=lambda a: abs(a - 1))}
+    cells = {}
+    for name, parts in groups.items():
+        latents = [row["feature_idx"] for row in r.ranked
+                   if row["contrast"] == "needs/none" and row["partition"] in parts]
+        cells |= {(name, n, a): latents[:n] for n in sorted(set(sizes)) if 0 < n <= len(latents)
+                  for a in sorted(set(alphas) - {1}, key=lambda a: abs(a - 1))}
     if not cells:
         raise ValueError(f"an empty grid: alpha 1 alone, no |S| above 0, or no latent of "
                          f"{r.folder} fires more where a tool is needed")

@@ -2,10 +2,10 @@
 
     python extras/table.py runs/sweep-tiny/*/*      # evaluated runs, as run_sweep.sh leaves them
 
-Each line is the mean +- standard deviation over settings (each the mean of its seeds) of the change
-that a model's own reconstruction at the prompt's last token makes, in percentage points, on rows
-that need a tool: exact calls, and the paper's tool correctness. The published columns are computed
-from the 47 published rows (one of the 48 is missing).
+Each line is the mean +- standard deviation over settings (each the mean of its seeds) of what the
+reconstruction at the prompt's last token changes, in percentage points, on rows that need a tool:
+exact calls, and the paper's tool correctness. The published columns are computed from the 47
+published rows (one of the 48 is missing).
 
 A difference between settings says something only beside what seeds alone do. With several seeds a
 setting (SEEDS="0 1 2" bash run_sweep.sh), each factor's largest difference between two levels is
@@ -58,23 +58,23 @@ def read(folders):
     return rows, waiting
 
 def lines_of(rows):
-    """{line of the table: its rows}, in the paper's order; the smallest k and dictionary beside the
-    published smallest. Lines without a row are left out."""
-    values = {key: sorted({row["config"][key] for row in rows}) for key in ("k", "dict", "excl")}
-    wanted = {"all": lambda c: True, "DFC": lambda c: c["excl"],
-              "crosscoder": lambda c: not c["excl"]}
-    for key, published in (("k", 3), ("dict", 2)):
-        for i, value in enumerate(values[key], 1):
-            name = f"{key} {i} ({value})" if len(values[key]) == published else f"{key} ({value})"
-            wanted[name] = lambda c, key=key, value=value: c[key] == value
-    for share in filter(None, values["excl"]):
-        wanted[f"excl {100 * share:.0f}"] = lambda c, share=share: c["excl"] == share
-    wanted |= {"DFC penalised": lambda c: c["excl"] and c["l1_excl"],
-               "DFC free": lambda c: c["excl"] and not c["l1_excl"],
-               "crosscoder L1": lambda c: not c["excl"] and c["l1_shared"],
-               "crosscoder no L1": lambda c: not c["excl"] and not c["l1_shared"]}
-    out = {name: [row for row in rows if test(row["config"])] for name, test in wanted.items()}
-    return {name: some for name, some in out.items() if some}
+    """{line of the table: its rows}, in the paper's order; the smallest k and dictionary stand beside
+    the published smallest."""
+    out, order = {}, list(PUBLISHED)
+    for row in rows:
+        c = row["config"]
+        kind = ["DFC", f"excl {100 * c['excl']:.0f}", f"DFC {'penalised' if c['l1_excl'] else 'free'}"]
+        if not c["excl"]:
+            kind = ["crosscoder", f"crosscoder {'L1' if c['l1_shared'] else 'no L1'}"]
+        for key, published in (("k", 3), ("dict", 2)):
+            values = sorted({r["config"][key] for r in rows})
+            rank = f" {values.index(c[key]) + 1}" if len(values) == published else ""
+            kind.append(f"{key}{rank} ({c[key]})")
+        for name in ["all", *kind]:
+            out.setdefault(name, []).append(row)
+    place = {name: order.index(head) if (head := name.split(" (")[0]) in order else len(order)
+             for name in out}
+    return {name: out[name] for name in sorted(out, key=place.get)}
 
 def by_setting(rows, column):
     """[[a setting's values over seeds]]."""
@@ -119,7 +119,8 @@ def difference(levels, column, sd):
     ends = sorted((st.mean(map(st.mean, v)), sum(1 / len(x) for x in v) / len(v) ** 2)
                   for v in values)
     (low, var_low), (high, var_high) = ends[0], ends[-1]
-    return f"{high - low:.1f} ({(high - low) / (sd * (var_low + var_high) ** .5 or float('nan')):.1f})"
+    error = sd * (var_low + var_high) ** .5 or float("nan")
+    return f"{high - low:.1f} ({(high - low) / error:.1f})"
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])

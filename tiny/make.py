@@ -1,7 +1,7 @@
 """The embedded pair: a small world of tools, a base model that can call them but does not decide
 to, and the same model after reinforcement learning. Everything in tiny/ comes from this file.
 
-    python tiny/make.py              # all phases, 20 to 50 minutes on 2 CPU cores; resumable
+    python tiny/make.py              # all phases, 25 to 50 minutes on 2 CPU cores; resumable
     python tiny/make.py --measure    # only measure what is in tiny/ (a minute)
 
 The question put to this pair is the paper's: can one latent of a crosscoder hold what RL added? A
