@@ -47,9 +47,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.utils import cached_file
 
 from dfc import (TOOL_ROW, alike, cli, collect, hooked, load, load_model, needs_tool,
@@ -204,6 +202,11 @@ def score_file(name):
     print(f"{len(every) - len(rows)} of {len(every)} rows left out: gold unreadable")
     result = totals([score(row["prediction"], row) for row in rows], rows)
     print_totals({name: result} | chance(rows))
+    print(headline(name, result["all"]))
+
+def headline(name, total):
+    return name + ": exact on {pct:.1f} % (95 % {lo:.1f} to {hi:.1f})".format(
+        **total["exact"]) + f" of {total['n']} rows"
 
 # ---- 3. Generate: greedy, batched, patched -------------------------------------------------------
 @torch.no_grad()
@@ -234,7 +237,8 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=Non
         for some in torch.arange(len(keep_V)).split(max(1, at_once // ids_RT.numel())):
             edit = everywhere or once(keep_V[some].repeat(len(rows))[:, None], None if v_VND is None
                                       else v_VND[some][:, rows].transpose(0, 1).flatten(0, 1))
-            own = with_room(cache, len(some), max_new)
+            own = copy.deepcopy(cache)
+            own.batch_repeat_interleave(len(some))
             with hooked(model, layer, edit):  # all spelled out: a model's file may ask for sampling
                 said = model.generate(
                     input_ids=ids_RT.repeat_interleave(len(some), 0), past_key_values=own,
@@ -246,26 +250,6 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=Non
                 n, v = rows[r // len(some)], some[r % len(some)]
                 out[v][n] = opened(prompts[n]) + tokenizer.decode(answer[:end])
     return out
-
-class Roomy(DynamicLayer):
-    """Keys and values with room for an answer: the library's own layer copies all of them at every
-    token, on a CPU half of the time."""
-    def update(self, keys, values, *_, **__):
-        end = self.keys.shape[-2] + keys.shape[-2]
-        for room, new in zip(self.rooms, (keys, values)):
-            room[..., end - new.shape[-2]:end, :] = new
-        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
-        return self.keys, self.values
-
-def with_room(cache, copies, room):
-    """A cache with each prompt's keys and values `copies` times, and room for more tokens."""
-    own = copy.deepcopy(cache)
-    own.batch_repeat_interleave(copies)
-    for layer in own.layers:
-        if type(layer) is DynamicLayer and layer.is_initialized:  # others keep a sliding window
-            layer.rooms = [F.pad(t, (0, 0, 0, room)) for t in (layer.keys, layer.values)]
-            layer.__class__ = Roomy
-    return own
 
 def once(keep_R1, v_RD=None):
     """An edit for hooked(): the last token becomes keep h + v in the first pass, and no more."""
@@ -393,7 +377,7 @@ def evaluate(run, args):
                         [1] + [0] * len(versions), v_VND)
         texts[m] = dict(zip(["clean", *versions], said))
         result[m] = compare(texts[m], rows)
-        print(f"\n{folder}, layer {s.layer}, into {m}, {len(rows)} test rows, prompt {args.prompt}")
+        print(f"\n{folder}, layer {s.layer}, into {m}, {len(rows)} test rows")
         print_totals(result[m] | (chance(rows) if m == "A" else {}))
     lines = [{"prompt": prompt, "gold": row["output"], "answers": {
         m: {name: said[i] for name, said in versions.items()} for m, versions in texts.items()}}
@@ -401,8 +385,7 @@ def evaluate(run, args):
     keep(folder, "evaluation", {"models": result, "chance": chance(rows), "rows": len(rows),
                                 "prompt": args.prompt, "seconds": time.time() - began},
          lines, "eval.jsonl")
-    print("exact on all rows, A, reconstruction: {pct:.1f} % (95 % {lo:.1f} to {hi:.1f})".format(
-        **result["A"]["reconstruction"]["all"]["exact"]))
+    print(headline("A, reconstruction", result["A"]["reconstruction"]["all"]))
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])

@@ -297,7 +297,8 @@ def print_result(r, out):
         for name in ("random", "latents", "A - B", "needs - none"):
             pp = sorted(x["pp"] for x in c["controls"].get(name, []))
             most = max((x["false_calls"] for x in c["controls"].get(name, [])), default=0)
-            cells += f"{f'{pp[0]:.0f}..{pp[-1]:.0f} ({most:.0f})' if pp else '-':>15s}"
+            span = "..".join(dict.fromkeys(f"{v:.0f}" for v in (*pp[:1], *pp[-1:])))
+            cells += f"{f'{span} ({most:.0f})' if pp else '-':>15s}"
         change = f"{e['pp']:+.1f} [{e['lo']:+.1f}, {e['hi']:+.1f}]"
         print(f"{c['text']:30s}{c['clean']['exact']:5.1f} {change:22s}{c['false_calls']:13.1f}"
               f"{cells}   {c['verdict']}")

@@ -353,9 +353,8 @@ def files(home):
     return {f: f.read_bytes() for f in home.rglob("*") if f.is_file() and f.parent.name != "cache"}
 
 def test_recipe_and_preset_fill_in_what_is_not_asked_for_and_each_run_has_a_folder_of_its_own():
-    asked = {"": (51, 0, True, 2e-5), "--excl 0": (0, 0, False, 2e-5),
-             "--excl .05": (25, 0, True, 2e-5), "--excl-b .05": (51, 25, True, 2e-5),
-             "--recipe paper": (51, 51, False, 1e-3),
+    asked = {"--excl 0": (0, 0, False, 2e-5), "--excl .05": (25, 0, True, 2e-5),
+             "--excl-b .05": (51, 25, True, 2e-5), "--recipe paper": (51, 51, False, 1e-3),
              "--recipe paper --tie-shared --l1-shared 0": (51, 51, True, 0),
              "--recipe paper --preset paper": (819, 819, False, 1e-3)}
     made = [dfc.parse_args(flags.split()) for flags in asked]
@@ -449,6 +448,7 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
     (ONE, says(WEATHER, TIME), "1 2.25 2 0"), (ONE, block(WEATHER), "0 3 2 1"),
     (ONE, THINK + "<tool_call>\n" + WEATHER, "0 -3 2 0"), (ONE, RESPONSE, "0 -3 -1 0"),
     (TWO, says(SHORT), "1 0 2 0"), (TWO, says(TIME, SHORT), "1 3 2 1"),
+    (row_of(says(SHORT, WEATHER)), says(SHORT), "1 -.5 2 0"),
     (NONE, says(WEATHER), "0 0 2 0"), (NONE, RESPONSE, "1 0 -1 1"),
     # what ToolRL's code decides where its formula leaves a choice
     (ONE, says(WEATHER, '{"name": "x"}'), "1 2.25 2 0"),  # no gold call has the name
@@ -686,7 +686,7 @@ VERDICTS = """
 def test_a_verdict_needs_the_whole_interval_beyond_each_control(line):
     lo, hi, hoped, *changes = line.split(maxsplit=7)
     names, verdict = ("random", "latents", "A - B", "needs - none"), changes.pop()
-    controls = {n: [{"pp": 0.}, {"pp": float(c)}] for n, c in zip(names, changes) if c != "-"}
+    controls = {n: [{"pp": float(c)}, {"pp": float(c) / 2}] for n, c in zip(names, changes) if c != "-"}
     effect = {"pp": 0., "lo": float(lo), "hi": float(hi)}
     assert steer.judge(effect, controls, 1 if hoped == "rise" else -1) == verdict
 

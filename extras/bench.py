@@ -5,16 +5,16 @@
     python extras/bench.py generate   # patched answers, the unit of every grid: a minute
     python extras/bench.py real       # Qwen2.5-3B's shape, random weights, through everything: two
 
-"published" is the published loop, written again: fp32, dense products over all latents, a second
-forward pass for statistics and .item() in every step; for collection batches of 8 texts in their
-order, all layers kept; for answers one prompt at a time, the whole prompt again for every version.
+"published" is the published way, written again. Training: fp32, dense products over all latents, a
+second forward pass for statistics, .item() in every step. Collection: batches of 8 texts in their
+order, all layers kept. Answers: one prompt at a time, and all of it again for every version.
 Contenders take turns, so that what else the machine does hits all alike; printed are the median,
 the range, and how many times the first line. Only ratios within one run mean anything.
 
-The figure to claim is the whole run's, with dead latents and their revival: steps on fresh weights,
-where nothing can be dead yet, are faster. Two other libraries train TopK autoencoders of both
-vectors laid end to end, which are the same products; the constraint keeps torch as it is, and
-torchvision, which comes along, does not fit a CPU build of torch and would break transformers:
+The figure to claim is the whole run's, with dead latents and their revival: single steps on fresh
+weights are faster. Two other libraries train TopK autoencoders of both vectors laid end to end, the
+same products. The constraint keeps torch as it is; torchvision, which comes along, fits no CPU
+build of torch and then breaks transformers:
 
     pip install -c requirements.txt dictionary-learning eai-sparsify; pip uninstall torchvision
 """
@@ -49,8 +49,7 @@ def seconds(act):
     return time.perf_counter() - began
 
 def race(title, contenders, turns=5):
-    """{name: (act, parts)}: milliseconds of one part, contenders taking turns; the first turn warms
-    up and does not count."""
+    """{name: (act, parts)} -> milliseconds of one part, in turns; the first only warms up."""
     times = {name: [] for name in contenders}
     for turn in range(turns + 1):
         for name, (act, parts) in contenders.items():
@@ -169,14 +168,10 @@ def generate(versions=8, some=3):
     def answers(n, v):
         return ev.generate(models["A"], tokenizer, prompts[n], 64, s.layer, [1] * len(v_VND[v]),
                            v_VND[v, n])
-    whole, each = slice(None), [(v, i) for i in range(some) for v in range(versions)]
-    race(f"an answer, {versions} versions of {len(prompts)} prompts; alone: the first {some}", {
-        "dfc, all at once": (lambda: answers(whole, whole), versions * len(prompts)),
-        "one at a time": (lambda: [answers(slice(i, i + 1), slice(v, v + 1)) for v, i in each],
-                          len(each))}, turns=3)
-    together = answers(whole, whole)
-    same = sum(answers(slice(i, i + 1), slice(v, v + 1))[0][0] == together[v][i] for v, i in each)
-    print(f"  same texts: {same} of {len(each)}")
+    each = [(slice(i, i + 1), slice(v, v + 1)) for i in range(some) for v in range(versions)]
+    race(f"an answer, {versions} versions of {len(prompts)} prompts; published: the first {some}", {
+        "dfc": (lambda: answers(slice(None), slice(None)), versions * len(prompts)),
+        "published": (lambda: [answers(n, v) for n, v in each], len(each))}, turns=3)
 
 # ---- 4. The real pair's shape --------------------------------------------------------------------
 
@@ -191,8 +186,7 @@ def stage(name):
     print(f"{name:44s}{time.time() - began:8.1f} s {peak:7.1f} GiB at most", flush=True)
 
 def real(steps=3):
-    """Qwen2.5-3B's shape with random weights: what fits, and what it costs. No score means anything
-    here. On a CPU 2 of the 36 layers."""
+    """Qwen2.5-3B's shape, random weights, 2 of 36 layers on a CPU: what fits, what it costs."""
     s, _, tokenizer, texts, prompts = embedded(100)
     n, layer = (36, 13) if DEVICE == "cuda" else (2, 1)
     config = Qwen2Config(hidden_size=2048, num_hidden_layers=n, num_attention_heads=16,
@@ -224,10 +218,10 @@ def main(argv=None):
     jobs = {job.__name__: job for job in (train, collect, generate, real)}
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("job", nargs="?", choices=jobs, default="train")
-    job = jobs[p.parse_args(argv).job]
+    job = p.parse_args(argv).job
     print(f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    job()
+    jobs[job]()
 
 if __name__ == "__main__":
     sys.exit(dfc.cli(main))

@@ -76,13 +76,12 @@ def expected(s, x, theta, alpha):
 
 def print_steps(steps, i, theta, alpha):
     """The table of the i-th latent; where each claim was measured, and where it is expected."""
-    print(f"\nlatent {steps[0]['latents'][i]['latent']}, {steps[0]['rows']} rows that need a tool, "
-          f"theta {theta:.1f}\n"
-          " step exact false  |A-B|  cos  value needs none AUROC writes" + "".join(
-              f"{kind:>23s}" for kind in KINDS))
+    print("\nlatent {}, {} rows that need a tool, theta {:.1f}\n step exact false  |A-B|   cos  "
+          "value needs none AUROC writes{:>23s}{:>23s}{:>23s}".format(
+              steps[0]["latents"][i]["latent"], steps[0]["rows"], theta, *KINDS))
     for s in steps:
         x = s["latents"][i]
-        print("{:5d}{:6.0f}{:6.0f}{:7.1f}{:5.2f}{:13.2f}{:5.2f}{:6.2f}{:7.1f}".format(
+        print("{:5d}{:6.0f}{:6.0f}{:7.1f}{:6.2f}{:13.2f}{:5.2f}{:6.2f}{:7.1f}".format(
             s["step"], s["exact"], s["false_calls"], s["length"], x["cosine"], *x["value"],
             x["auroc"], x["writes"]) + "".join(f"{cell_of(c):>23s}" for c in x["claims"].values()))
     for kind in KINDS:
@@ -91,13 +90,13 @@ def print_steps(steps, i, theta, alpha):
             s["step"] for s in steps if expected(s, s["latents"][i], theta, alpha)[kind]])
 
 def cell_of(c):
-    pp, star = [x["pp"] for x in c["controls"]["random"]], "*" * (c["verdict"] != "no")
+    pp, star = [x["pp"] for x in c["controls"]["random"]], "*" * ("beyond" in c["verdict"])
     return f"{c['effect']['pp']:+.0f}{star} ({min(pp):.0f}..{max(pp):.0f}) {c['false_calls']:.0f}%"
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("run", nargs="?", help="run folder (default: the newest)")
-    p.add_argument("--alpha", type=float, default=1.5, help="strength of up")
+    p.add_argument("--alpha", type=float, default=2., help="strength of up")
     p.add_argument("--rows", type=int, default=15, help="test rows of each kind")
     args = p.parse_args(argv)
     r = stage(args.run, None)

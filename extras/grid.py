@@ -1,21 +1,21 @@
 """How many latents, how strong? The |S| x alpha grid of the paper, chosen on dev, reported on test.
 
 The first |S| latents of a group (A-exclusive, shared, both; of a plain crosscoder all; the best
-separated on dev first) are scaled by alpha at the last prompt token of A, for every |S| and alpha:
+separated on dev first) are scaled by alpha at A's last prompt token, for every |S| and alpha:
 
     delta_n = sum_{l in S} (alpha - 1) f_nl W_dec[l, A]
 
 The best of a hundred cells is high by luck alone on the rows that made it the best. So a cell is
 chosen on dev rows and reported on test rows, and it is chosen twice: by exact calls, as published,
-and by exact calls less false calls, as steer.py does. A strength that answers every prompt with a
-call may be the best by the first count and is worth nothing by the second.
+and by exact calls less false calls: a strength that answers every prompt with a call may be the
+best by the first count and is worth nothing by the second.
 
     python extras/grid.py                           # the newest run: three minutes on 2 CPU cores
     python extras/grid.py runs/dfc runs/plain       # and a plain crosscoder
     python extras/grid.py runs/layer*               # and the best cell of each layer, together
 
-Cells are added to the run's grid.jsonl as they are done: a killed grid goes on from there, so does
-one with more --sizes or --alpha. They count for the same weights, models and rows only.
+Cells go into the run's grid.jsonl: a killed grid, or one with more --sizes or --alpha, goes on from
+there. They count for the same weights, models and rows only.
 """
 
 import argparse
@@ -43,9 +43,7 @@ def cells_of(r, sizes, alphas):
     nothing into A, by the mask: the published +0 is no finding. Raises ValueError."""
     groups = {"A-exclusive": ["A-exclusive"], "shared": ["shared"],
               "A-exclusive + shared": ["A-exclusive", "shared"]}
-    if not r.cc.n_a + r.cc.n_b:
-        groups = {"plain crosscoder": ["shared"]}
-    cells = {}
+    groups, cells = groups if r.cc.n_a + r.cc.n_b else {"plain crosscoder": ["shared"]}, {}
     for name, parts in groups.items():
         latents = [row["feature_idx"] for row in r.ranked
                    if row["contrast"] == "needs/none" and row["partition"] in parts]
@@ -65,8 +63,7 @@ def fingerprint(r, p):
     return found.hexdigest()[:16]
 
 def read_cells(file, key):
-    """{(alpha, *latents): cell} of what stands under `key` in a grid.jsonl. A line that a kill cut
-    short is no cell."""
+    """{(alpha, *latents): cell} made under `key` in a grid.jsonl; half a line is no cell."""
     cells = []
     for line in file.read_text().split("\n") if file.exists() else ():
         with contextlib.suppress(ValueError):
@@ -79,7 +76,6 @@ def answer(r, p, wanted, at_once=8):
     file, key = r.folder / "grid.jsonl", fingerprint(r, p)
     done = read_cells(file, key)
     missing = [cell for cell in dict.fromkeys(wanted) if cell not in done]
-    file.parent.mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(0, len(missing), at_once), "grid", leave=False):
         some = missing[i:i + at_once]
         v_VND = torch.stack([delta(r.cc, p.f_NL, latents, alpha) for alpha, *latents in some])
@@ -126,20 +122,21 @@ def print_grid(r, out):
     """A line for each |S|: every alpha on dev, the best of them on test."""
     print("\n{}, layer {}: {} dev and {} test rows that need a tool; on test A is exact on "
           "{:.1f} %, false calls {:.1f} %".format(r.folder, r.s.layer, *out["rows"], *out["clean"]))
+    head = "   best  on test, 95 %          false %"
     for group, sizes in out["groups"].items():
         print(f"\n{group}: change of exact calls, pp\n   |S|" + "".join(
-            f"{f'a {a:g}':>7s}" for a in sizes[0]["on_dev"]) + "   best  on test, 95 %     false %")
+            f"{f'a {a:g}':>7s}" for a in sizes[0]["on_dev"]) + head)
         for b in sizes:
-            print(f"{b['size']:6d}" + "".join(f"{v:+7.1f}" for v in b["on_dev"].values()) + line(b))
-    print(f"\n{'best cell on dev by':27s}{'of':20s} |S|   best  on test, 95 %     false %")
+            cells = "".join(f"{v:+7.1f}" for v in b["on_dev"].values())
+            print(f"{b['size']:6d}{cells}{best_line(b)}")
+    print(f"\n{'best cell on dev by':46s}  |S|{head}")
     for name, b in (("exact calls", out["best"]), ("... less false calls", out["best_less_false"])):
-        print(f"{name:27s}{b['group']:19s}{b['size']:5d}{line(b)}")
+        print(f"{name:27s}{b['group']:20s}{b['size']:4d}{best_line(b)}")
     print("(paper: one A-exclusive latent, alpha 32: +65.0 [47.9, 82.1])")
 
-def line(b):
-    t = b["test"]
-    return (f"{b['alpha']:7g}  {t['pp']:+.1f} [{t['lo']:+.1f}, {t['hi']:+.1f}]").ljust(30) + \
-        f"{b['false_calls']:6.1f}"
+def best_line(b):
+    change = "{pp:+.1f} [{lo:+.1f}, {hi:+.1f}]".format(**b["test"])
+    return f"{b['alpha']:7g}  {change:22s}{b['false_calls']:6.1f}"
 
 # ---- 3. Several layers ---------------------------------------------------------------------------
 
@@ -151,14 +148,13 @@ def sign_flip(effects):
 def across_layers(grids):
     """The best cell of each layer (of several runs of one, the best on dev), and whether their mean
     differs from 0. About these prompts, which all layers share, and no others."""
-    best = {g["layer"]: g["best"]["test"]["pp"]
-            for g in sorted(grids, key=lambda g: (g["layer"], g["best"]["dev"]))}
+    best = {g["layer"]: g["best"]["test"]["pp"] for g in sorted(
+        grids, key=lambda g: (g["layer"], g["best"]["dev"]))}
     x = np.array(list(best.values()))
-    p = (f"p {sign_flip(x):.4f} by exact sign flips" if 6 <= len(x) <= 20 else
-         "p only for 6 to 20 layers (of 5, none is below .06)")
-    print("\nbest cell of each layer, on test: " + ", ".join(
-        f"layer {layer} {pp:+.1f}" for layer, pp in best.items()) + f"\nmean {x.mean():+.1f}, d_z "
-        f"{x.mean() / max(1e-9, x.std(ddof=1)):.2f}, {p} (paper: +43.3 over 9 layers, d_z 1.61)")
+    print("\nbest cell of each layer, test:", *(f"layer {n} {v:+.1f}  " for n, v in best.items()))
+    print(f"mean {x.mean():+.1f}, d_z {x.mean() / max(1e-9, x.std(ddof=1)):.2f}, p "
+          + (f"{sign_flip(x):.4f}, exact sign flips" if 6 <= len(x) <= 20 else "from 6 layers on")
+          + "   (paper: +43.3 over 9 layers, d_z 1.61)")
 
 # ---- 4. The program ------------------------------------------------------------------------------
 

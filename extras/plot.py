@@ -10,8 +10,8 @@
     sweep.png     what reconstruction changes, a point for each setting of run_sweep.sh
     birth.png     the tool latent along the RL run
 
-effect, grid, birth and sweep show the newest result, or that of --run; recipes and layers all runs
-of its pair of models. What cannot be drawn yet is named with its command.
+Shown is the newest result, or that of --run; in recipes and layers all those of its pair of models.
+What cannot be drawn yet is named with its command.
 """
 
 import argparse
@@ -58,9 +58,8 @@ def with_key(runs, key, command):
 def recipe_of(c):
     """A run's kind of dictionary in words, without its seed."""
     kind = f"{'tied' if c['tie_shared'] else 'untied'}, A {c['excl']:.0%}, B {c['excl_b']:.0%}"
-    kind = "plain crosscoder" if not c["excl"] + c["excl_b"] else kind
-    published = ", recipe paper" if c["recipe"] == "paper" else ""
-    return f"{kind}{published}\n{c['dict']} latents, k {c['k']}, layer {c['layer']}"
+    kind = kind if c["excl"] + c["excl_b"] else "plain crosscoder"
+    return f"{kind}\n{c['dict']} latents, k {c['k']}, layer {c['layer']}, recipe {c['recipe']}"
 
 # ---- 2. Pieces of a figure -----------------------------------------------------------------------
 
@@ -76,9 +75,6 @@ def legend(fig, ax):
     """What the points of ax mean, once each, above the figure."""
     handles = dict(reversed(pair) for pair in zip(*ax.get_legend_handles_labels()))
     fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
-
-def heading(fig, text):
-    fig.suptitle(text, fontsize=10, ha="left", x=.02)
 
 # ---- 3. The figures ------------------------------------------------------------------------------
 
@@ -119,6 +115,7 @@ def grid(plt, runs):
                        color="w" if abs(v) > .7 * top else "k")
         upper.set(title=name, xlabel="strength alpha (1: unchanged)", yticks=range(len(ticks)),
                   yticklabels=ticks, xticks=range(len(alphas)), xticklabels=alphas)
+        upper.tick_params("x", labelsize=7)
         points(lower, range(len(ticks)), [b["test"] for b in sizes])
         lower.plot([b["false_calls"] for b in sizes], "x", color=RED)
         lower.set(xticks=range(len(ticks)), xlabel="latents scaled, |S|, and alpha",
@@ -126,8 +123,8 @@ def grid(plt, runs):
     axes[0, 0].set_ylabel(f"latents scaled, |S|\n(n = {rows[0]} dev prompts)")
     axes[1, 0].set_ylabel(f"percentage points\n(n = {rows[1]} test prompts)")
     fig.colorbar(shown, ax=axes[0], label="percentage points")
-    heading(fig, f"{CHANGE}, {folder.name}\nbelow: each |S| with its best alpha on dev, on test, "
-                 f"{RANGE}; crosses: false calls, %")
+    fig.suptitle(f"{CHANGE}, {folder.name}\nbelow: each |S| with its best alpha on dev, on test, "
+                 f"{RANGE}; crosses: false calls, %", fontsize=10)
     return fig
 
 def layers(plt, runs):
@@ -156,11 +153,11 @@ def recipes(plt, runs):
             for j, claims in enumerate(some):
                 c = [c for c in claims if c["kind"] == kind][-1]  # of mean and maximum the last
                 points(ax, [i + .8 * (j + 1) / (len(some) + 1) - .4], [c["effect"]], True,
-                       mfc="w" if c["verdict"] == "no" else BLUE)
+                       mfc=BLUE if "beyond" in c["verdict"] else "w")
         ax.set(title=text, yticks=range(len(kinds)), yticklabels=kinds, xlabel="percentage points")
     n = sorted({m["steering"]["rows"] for _, m in found})
-    heading(fig, f"{CHANGE}; a point for each run (seed), {RANGE}, n = {n[0]} to {n[-1]}\nfull: "
-                 "beyond 0 and ten random directions of its length; hollow: not")
+    fig.suptitle(f"{CHANGE}; a point for each run (seed), {RANGE}, n = {n[0]} to {n[-1]}\nfull: "
+                 "beyond 0 and ten random directions of its length; hollow: not", fontsize=10)
     return fig
 
 def sweep(plt, runs):

@@ -7,10 +7,10 @@ reconstruction at the prompt's last token changes, in percentage points, on rows
 exact calls, and the paper's tool correctness. The published columns are computed from the 47
 published rows (one of the 48 is missing).
 
-A difference between settings says something only beside what seeds alone do. With several seeds a
-setting (SEEDS="0 1 2" bash run_sweep.sh), each factor's largest difference between two levels is
-divided by the standard error that seed noise alone gives it: z. Of two levels without any effect it
-is about 0.8, of three 1.2: below 2 there is nothing to explain.
+A difference says something only beside what seeds alone do. With several seeds a setting (SEEDS="0
+1 2" bash run_sweep.sh), each factor's largest difference between two levels is divided by the
+standard error that seed noise alone gives it: z. Of two levels without any effect it is about 0.8,
+of three 1.2: below 2 there is nothing to explain.
 """
 
 import argparse
@@ -35,42 +35,43 @@ PUBLISHED = {  # change of tool correctness: mean and sd over settings, into A a
 SAME = "model_a", "model_b", "tool_texts", "recipe", "layer", "steps", "batch", "n_texts"
 
 def read(folders):
-    """[{name, config, fve, n, column: change}] of the evaluated runs among some folders, and how
-    many are not there yet. Raises ValueError for runs that do not belong into one table."""
+    """[{name, config, n, column: change}] of the evaluated runs among some folders, and how many
+    are not there yet. Raises ValueError for runs that do not belong into one table."""
     rows, waiting = [], 0
     for folder in (f for f in map(Path, folders) if f.name != "cache"):
         m = read_metrics(folder) if (folder / "metrics.json").exists() else {}
-        waiting += "evaluation" not in m
-        if "evaluation" in m:
-            needs = {mod: [v[name]["needs"] for name in ("clean", "reconstruction")]
-                     for mod, v in m["evaluation"]["models"].items()}
-            rows.append({"name": folder.name, "config": m["config"], "n": needs["A"][0]["n"]} | {
-                column: after[score]["pct"] - before[score]["pct"]
-                for column, (mod, score) in COLUMNS.items() for before, after in [needs[mod]]})
+        if "evaluation" not in m:
+            waiting += 1
+            continue
+        clean, after = ({ab: versions[name]["needs"] for ab, versions in m["evaluation"][
+            "models"].items()} for name in ("clean", "reconstruction"))
+        rows.append({"name": folder.name, "config": m["config"], "n": clean["A"]["n"]} | {
+            column: after[ab][score]["pct"] - clean[ab][score]["pct"]
+            for column, (ab, score) in COLUMNS.items()})
     if not rows:
         raise ValueError("no evaluated run: bash run_sweep.sh")
     for key in SAME:
         if len({row["config"][key] for row in rows}) > 1:
             raise ValueError(f"these runs differ in {key}: make a table of each")
     if len({row["n"] for row in rows}) > 1:
-        raise ValueError("these runs were evaluated on different numbers of rows: eval_toolcall.py "
-                         "--rows")
+        raise ValueError("these runs were not evaluated on the same rows: eval_toolcall.py --rows")
     return rows, waiting
 
 def lines_of(rows):
-    """{line of the table: its rows}, in the paper's order; the smallest k and dictionary stand beside
-    the published smallest."""
+    """{line of the table: its rows}, in the paper's order; the smallest k and dictionary beside the
+    published smallest."""
     out, order = {}, list(PUBLISHED)
     for row in rows:
         c = row["config"]
-        kind = ["DFC", f"excl {100 * c['excl']:.0f}", f"DFC {'penalised' if c['l1_excl'] else 'free'}"]
+        names = ["all", "DFC", f"excl {100 * c['excl']:.0f}",
+                 f"DFC {'penalised' if c['l1_excl'] else 'free'}"]
         if not c["excl"]:
-            kind = ["crosscoder", f"crosscoder {'L1' if c['l1_shared'] else 'no L1'}"]
+            names = ["all", "crosscoder", f"crosscoder {'L1' if c['l1_shared'] else 'no L1'}"]
         for key, published in (("k", 3), ("dict", 2)):
             values = sorted({r["config"][key] for r in rows})
             rank = f" {values.index(c[key]) + 1}" if len(values) == published else ""
-            kind.append(f"{key}{rank} ({c[key]})")
-        for name in ["all", *kind]:
+            names.append(f"{key}{rank} ({c[key]})")
+        for name in names:
             out.setdefault(name, []).append(row)
     place = {name: order.index(head) if (head := name.split(" (")[0]) in order else len(order)
              for name in out}
@@ -85,14 +86,12 @@ def print_table(rows):
     print(f"{'change, pp':18s}{'n':>3s}" + "".join(f"{c:>15s}" for c in COLUMNS)
           + "   paper: tool A, tool B")
     for name, some in lines_of(rows).items():
-        shown, n = "", 0
-        for column in COLUMNS:
-            v = [st.mean(seeds) for seeds in by_setting(some, column)]
-            n, sd = len(v), st.stdev(v) if len(v) > 1 else 0.
-            shown += f"{f'{st.mean(v):+.1f} ± {sd:.1f}':>15s}"
-        p = PUBLISHED.get(name.split(" (")[0])
-        print(f"{name:18s}{n:3d}{shown}" + ("   {:+.1f} ± {:.1f}, {:+.1f} ± {:.1f}".format(*p)
-                                           if p else ""))
+        means, beside = [[st.mean(seeds) for seeds in by_setting(some, c)] for c in COLUMNS], ""
+        if p := PUBLISHED.get(name.split(" (")[0]):
+            beside = "   {:+.1f} ± {:.1f}, {:+.1f} ± {:.1f}".format(*p)
+        print(f"{name:18s}{len(means[0]):3d}" + "".join(
+            f"{f'{st.mean(v):+.1f} ± {st.pstdev(v) if len(v) < 2 else st.stdev(v):.1f}':>15s}"
+            for v in means) + beside)
 
 def print_noise(rows):
     """Seed noise, and each factor's largest difference between levels in units of it."""

@@ -11,16 +11,16 @@ The directions of shared concepts are the same in both models up to a small turn
     python extras/toy.py            # 4 crosscoders, 3 seeds each: half a minute on 2 CPU cores
 
 A concept is recovered when some latent's decoder row has cosine > 0.8 with it. Printed, as mean and
-range over seeds: recall of A-only and B-only concepts among the latents that are exclusive to their
-model, and false positives: the share of live exclusive latents that stand for no concept of theirs.
-A plain crosscoder has no exclusive part: there, a latent counts as A's if A has 95 % of its norm.
+range over seeds: recall of A-only and B-only concepts among the live latents that are exclusive to
+their model (have 95 % of their norm in it, which makes sense of a plain crosscoder too), and false
+positives, the share of these that stand for no concept of their model alone.
 
 Measured (recall of A-only / B-only concepts, mean over 3 seeds): tied .83 / .88, untied 1.00 / .21,
 published recipe .79 / .38, plain 1.00 / 1.00. So where concepts are independent and every one has a
 latent to itself, the plain crosscoder needs no partition; a partition of the right size misplaces a
 few, and the draw decides which: untied and over eight seeds, B-only lies anywhere between 0 and 1.
 
-Shapes as in dfc.py, and C concepts: N vectors, M = 2 models, D width, L latents.
+Shapes as in dfc.py, and C concepts.
 """
 
 import argparse
