@@ -245,8 +245,7 @@ def on_plain_text(r, latents, n=60):
 
     def loss(edit):
         with hooked(r.models["A"], r.s.layer, edit):
-            return [F.cross_entropy(r.models["A"](input_ids=i).logits[0, :-1].float(),
-                                    i[0, 1:]).item() for i in ids if i.shape[1] > 1]
+            return [r.models["A"](input_ids=i, labels=i).loss.item() for i in ids]
     clean = loss(lambda h: h)
     changes = [paired(loss(taken_away(r.cc, latents, u)), clean, unit=1)
                for u in (None, *random_units(10, r.cc.b_dec[0]))]
