@@ -456,7 +456,7 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
     (ONE, says('{"name": "get_weather", "parameters": []}'), "1 -3 2 0"),
     (ONE, THINK + f"<tool_call>\n{WEATHER}\n<tool_call>\n</tool_call>", "0 3 2 0"),
     (ONE, "<think> </tool_call> </think>\n<tool_call>\n" + WEATHER, "0 3 2 0"),
-    (ONE, says(WEATHER) + "<|im_end|>\nmore", "1 3 2 1"), (NONE, "So: " + RESPONSE, "0 0 -1 1")])
+    (ONE, says(WEATHER) + "<|im_end|>\nmore", "1 3 2 1"), (NONE, RESPONSE + "\nSo.", "0 0 -1 1")])
 def test_the_scorers_golden_table(output, row, expected):
     s = ev.score(output, row)
     names = "toolrl_format", "toolrl_correctness", "paper_overall", "exact"
