@@ -21,7 +21,7 @@ none, for a push that calls always passes too:
     beyond random         it lies beyond both
     beyond every control  it lies beyond every other latent and both differences of means as well
 
-    python steer.py                          # the newest run of dfc.py: three minutes
+    python steer.py                          # the newest run of dfc.py: six minutes
     python steer.py runs/a runs/null         # beside the null: a run of A against itself
     python steer.py --latents 42 --alpha 0 --prompt "Wake me up at 7:15."     # your own: seconds
     python steer.py --monitor "Wake me up at 7:15."     # at which tokens does the latent fire?

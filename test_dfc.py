@@ -3,8 +3,8 @@ three files. Where there is one, a piece is compared with a slow, obvious versio
 
     pytest        # a minute on 2 CPU cores, without a GPU and without a network
 """
-import os
-os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}  # before the libraries read them
+import os  # set before the libraries look at it
+os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import argparse
 import ast
@@ -358,8 +358,8 @@ def test_recipe_and_preset_fill_in_what_is_not_asked_for_and_each_run_has_a_fold
              "--recipe paper --tie-shared --l1-shared 0": (51, 51, True, 0),
              "--recipe paper --preset paper": (819, 819, False, 1e-3)}
     made = [dfc.parse_args(flags.split()) for flags in asked]
-    assert [(int(s.excl * s.dict), int(s.excl_b * s.dict), s.tie_shared, s.l1_shared)
-            for s in made] == list(asked.values()) and len({s.out for s in made}) == len(asked)
+    assert [(s.n_a, s.n_b, s.tie_shared, s.l1_shared) for s in made] == list(asked.values())
+    assert len({s.out for s in made}) == len(asked)
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_equal_weights(
@@ -716,7 +716,7 @@ def test_a_run_is_evaluated_and_steered_and_keeps_every_answer_total_and_claim(w
         assert claim["verdict"] == "too few rows"
     assert min(kinds[kind] for kind in ("down", "up", "into B")) > 0
     assert len(steering["plain_text"]["random"]) == 10 and len(steering["constants"]) == 6
-    assert steering["specific"].keys() == {"run", "null"} and "fve" in after
+    assert steering["specific"].keys() == {"run", "null"} and 0 < sum(after["l0"].values()) < 8.01
     assert "cohens_d,auroc,fire_rate_tool,fire_rate_nontool" in (run / "ranking.csv").read_text()
     assert call(table, run) == 0  # the sweep's table, the published figures beside ours
     assert "+31.2 ± 9.7, +6.7 ± 4.9" in capsys.readouterr().out
