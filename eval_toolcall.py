@@ -315,6 +315,7 @@ def open_run(name, preset=None, get=load_model):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.json").write_text(json.dumps({"config": config}))
     s = argparse.Namespace(**read_metrics(folder)["config"])
+    s.max_new = 64 if s.preset == "tiny" else 512  # tokens of an answer
     cc = cc if preset else load(str(folder), device)
     (a, tokenizer), (b, _) = get(s.model_a, device), get(s.model_b, device)
     if a.config.hidden_size != cc.b_dec.shape[1]:
@@ -368,9 +369,10 @@ def keep(folder, key, value, lines, file):
 def evaluate(run, args):
     """Answer, score, save and print one run's versions."""
     began, (s, cc, models, tokenizer, folder) = time.time(), run
-    max_new = args.max_new or (64 if s.preset == "tiny" else 512)
+    max_new = args.max_new or s.max_new
     rows, prompts = rows_of(s, tokenizer, models["A"], "test", args.rows, max_new, args.prompt)
     x_NMD, texts, result = pair_at(models, tokenizer, prompts, s.layer), {}, {}
+    chances = chance(rows)
     for m, versions in reconstructions(cc, x_NMD, s.recipe == "paper").items():
         v_VND = torch.stack([torch.zeros_like(x_NMD[:, 0]), *versions.values()])
         said = generate(models[m], tokenizer, prompts, max_new, s.layer,
@@ -378,11 +380,11 @@ def evaluate(run, args):
         texts[m] = dict(zip(["clean", *versions], said))
         result[m] = compare(texts[m], rows)
         print(f"\n{folder}, layer {s.layer}, into {m}, {len(rows)} test rows")
-        print_totals(result[m] | (chance(rows) if m == "A" else {}))
+        print_totals(result[m] | (chances if m == "A" else {}))
     lines = [{"prompt": prompt, "gold": row["output"], "answers": {
         m: {name: said[i] for name, said in versions.items()} for m, versions in texts.items()}}
         for i, (row, prompt) in enumerate(zip(rows, prompts))]
-    keep(folder, "evaluation", {"models": result, "chance": chance(rows), "rows": len(rows),
+    keep(folder, "evaluation", {"models": result, "chance": chances, "rows": len(rows),
                                 "prompt": args.prompt, "seconds": time.time() - began},
          lines, "eval.jsonl")
     print(headline("A, reconstruction", result["A"]["reconstruction"]["all"]))

@@ -76,10 +76,11 @@ def exclusivity(cc, x_NMD, f_NL):
     betas = beta(e_NMD) + put_LM, beta(zhat_NMD - zhat_NMD.mean(0))
     return [(b_LM[:, 1] / b_LM[:, 0]).nan_to_num(float("inf")) for b_LM in betas]
 
-def ranking(cc, x):
+def ranking(cc, x, f):
     """Rows with the names of the authors' ranking.csv and some of ours, best separated first, of
-    latents larger on the first set of a contrast; x: {"needs", "none", "tool", "plain": x_NMD}."""
-    f, rows = {name: cc.encode(x_NMD) for name, x_NMD in x.items()}, []
+    latents larger on the first set of a contrast; x: {"needs", "none", "tool", "plain": x_NMD}, f
+    what they encode to."""
+    rows = []
     nu_error, nu_recon = exclusivity(cc, torch.cat(list(x.values())), torch.cat(list(f.values())))
     for first, second in (("needs", "none"), ("tool", "plain")):
         p, q = f[first], f[second]
@@ -130,12 +131,13 @@ def stage(name, preset, max_new=None):
     """A run with what steering it needs. Raises ValueError."""
     s, cc, models, tokenizer, folder = open_run(name, preset)
     r = argparse.Namespace(s=s, cc=cc, models=models, tokenizer=tokenizer, folder=folder)
-    r.max_new = max_new or (64 if s.preset == "tiny" else 512)
+    r.max_new = max_new or s.max_new
     r.dev = place(r, "dev")
     x_NMD = pair_at(models, tokenizer, texts_of(s, tokenizer, "dev", 300), s.layer)
     x = {"needs": r.dev.x_NMD[r.dev.needs], "none": r.dev.x_NMD[~r.dev.needs],
          "tool": x_NMD[:300], "plain": x_NMD[300:]}
-    r.ranked, r.f = ranking(cc, x), {name: cc.encode(v) for name, v in x.items()}
+    r.f = {name: cc.encode(x_NMD) for name, x_NMD in x.items()}
+    r.ranked = ranking(cc, x, r.f)
     needs_MD, none_MD = x["needs"].mean(0), x["none"].mean(0)
     r.mean = {"A - B": needs_MD[0] - needs_MD[1], "needs - none": needs_MD[0] - none_MD[0]}
     return r

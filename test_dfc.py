@@ -317,9 +317,10 @@ def test_planted_exclusive_features_are_recovered_and_two_equal_models_yield_non
     cc, specific = toy.fit(x, .125, True, k=3, steps=500).requires_grad_(False), 0
     recalls = [toy.grade(cc, x, d, m)[0] for m in (0, 1)]
     for c in range(8):  # is a latent of A alone the one that "needs" concept c?
-        order = (x[:, 0] @ d[c, 0]).argsort()
-        sets = {"none": x[order[:200]], "needs": x[order[-200:]]}
-        ranked = steer.ranking(cc, sets | {"tool": sets["needs"], "plain": sets["none"]})
+        ordered = x[(x[:, 0] @ d[c, 0]).argsort()]
+        ends = ordered[:200], ordered[-200:]
+        sets = dict(zip(("none", "needs", "plain", "tool"), 2 * ends))
+        ranked = steer.ranking(cc, sets, {name: cc.encode(v) for name, v in sets.items()})
         specific += any(map(steer.specific, ranked))
     assert specific == 0 if same else min(*recalls, specific / 8) >= .75, (recalls, specific)
 
@@ -790,7 +791,7 @@ def test_the_piece_in_the_readme_runs():
 
 PIECES = {  # a piece and what to copy with it: an example
     "Crosscoder": "Crosscoder(16, 32, 5, 4, 3, True)(x)",
-    "train batches lr_at reconstruct Sparse add_outer aux_loss":
+    "train batches Sparse aux_loss":
         "train(cc.requires_grad_(), x, 9, 16, 1e-2, dead_after=2), cc.W_enc",
     "fve": "fve(x, cc(x)[0])",
     "collect alike token_ids residual hooked blocks DeepEnough":
@@ -799,7 +800,7 @@ PIECES = {  # a piece and what to copy with it: an example
     "reconstructions": "reconstructions(cc, x, True)", "taken_away": "taken_away(cc, [0])(x[:, 0])",
     "score parse_calls responds toolrl_format toolrl_correctness jaccard tool_names":
         "score(gold, {'output': gold})",
-    "generate alike token_ids opened hooked blocks once with_room Roomy":
+    "generate alike token_ids opened hooked blocks once":
         "generate(model, tokenizer, ['An alarm', 'Hi'], 3, 1, (0,), x[None, :2, 0])"}
 
 @pytest.mark.parametrize("names", PIECES, ids=lambda names: names.split()[0])

@@ -50,7 +50,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from dfc import prompt_of  # noqa: E402  (one folder up)
+from dfc import prompt_of, token_ids  # noqa: E402  (one folder up)
 from eval_toolcall import score, wilson  # noqa: E402  (one folder up)
 
 # --- 1. The world: values, tools, people who ask -------------------------------------------------
@@ -219,9 +219,6 @@ def make_tokenizer(seed, vocab=1024):
                                    pad_token="<|endoftext|>", chat_template=TEMPLATE,
                                    clean_up_tokenization_spaces=False, model_max_length=512)
 
-def to_ids(tok, texts):
-    return tok(list(texts), add_special_tokens=False)["input_ids"]
-
 # --- 3. B, the base: pre-training on the world ---------------------------------------------------
 
 def make_document(rng, tok, rates):
@@ -242,7 +239,7 @@ def groups_of(rng, tok, tokens, rates, pool):
     docs, total = [], 0
     while total < pool * tokens:
         parts = zip(*[make_document(rng, tok, rates) for _ in range(64)])
-        heads, tails = [to_ids(tok, part) for part in parts]
+        heads, tails = [token_ids(tok, list(part)) for part in parts]
         docs += [(h + t, [.1] * len(h) + [1.] * len(t)) for h, t in zip(heads, tails)]
         total += sum(map(len, heads + tails))
     docs.sort(key=lambda d: len(d[0]))
@@ -344,8 +341,8 @@ def rl_loss(model, base, tok, rows, kl_weight):
     batch = tok(whole, return_tensors="pt", padding=True, padding_side="right",
                 add_special_tokens=False)
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
-    last = torch.tensor([len(i) - 1 for i in to_ids(tok, prompts * 2)])
-    logits, first = model(ids).logits, [i for i, in to_ids(tok, CHOICES)]
+    last = torch.tensor([len(i) - 1 for i in token_ids(tok, prompts * 2)])
+    logits, first = model(ids).logits, [i for i, in token_ids(tok, list(CHOICES))]
     chance = logits[range(n), last[:n]].softmax(-1)[:, first].T                    # (2, N)
     real[range(2 * n), last] = False  # the decision is what may change
     kl = kl_to(base, ids, logits)[real].mean()
