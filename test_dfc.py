@@ -319,8 +319,8 @@ def test_planted_exclusive_features_are_recovered_and_two_equal_models_yield_non
     for c in range(8):  # is a latent of A alone the one that "needs" concept c?
         ordered = x[(x[:, 0] @ d[c, 0]).argsort()]
         sets = dict(zip("none needs plain tool".split(), 2 * (ordered[:200], ordered[-200:])))
-        codes = {name: cc.encode(v) for name, v in sets.items()}
-        specific += any(map(steer.specific, steer.ranking(cc, sets, codes)))
+        specific += any(map(steer.specific, steer.ranking(
+            cc, sets, {name: cc.encode(sets[name]) for name in sets})))
     assert specific == 0 if same else min(*recalls, specific / 8) >= .75, (recalls, specific)
 
 # ---- 6. The program dfc.py -----------------------------------------------------------------------
