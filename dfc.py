@@ -319,10 +319,6 @@ def split_of(row):
         return split
     raise ValueError(f"a row's split is {split!r}: train, dev or test is wanted")
 
-def needs_tool(row):
-    """Does the gold answer call a tool? A thought may mention the tag: read is what follows it."""
-    return "<tool_call>" in row["output"].rpartition("</think>")[2]
-
 def prompt_of(row, tokenizer):
     """The row up to the assistant's turn, in the tokenizer's chat template (how ToolRL trains)."""
     messages = [{"role": "system", "content": row["instruction"]},
@@ -420,15 +416,12 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
     return dict(zip(("mse", "l1", "aux"), (shares / shares.sum()).tolist()))
 
 def save(cc, folder, **more):
-    """model.safetensors and config.json, in the authors' names and shapes plus mean and scale."""
+    """model.safetensors and config.json: the authors' names and shapes plus mean and scale, less
+    their masks, which n_a and n_b tell."""
     folder.mkdir()
-    L, M, D = cc.W_dec.shape
-    enc_mask, dec_mask = torch.ones(M, 1, L), torch.ones(L, M, 1)
-    cc.confine(enc_mask, dec_mask)
-    masks = {"enc_mask": enc_mask[:, 0], "dec_mask": dec_mask[..., 0]}
-    save_file(cc.state_dict() | masks, folder / "model.safetensors")
-    config = {"activation_dim": D, "dict_size": L, "k": cc.k, "n_a": cc.n_a, "n_b": cc.n_b,
-              "tied": cc.tied} | more
+    save_file(cc.state_dict(), folder / "model.safetensors")
+    config = {"activation_dim": cc.W_dec.shape[2], "dict_size": len(cc.W_dec), "k": cc.k,
+              "n_a": cc.n_a, "n_b": cc.n_b, "tied": cc.tied} | more
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 def load(name, device="cpu"):

@@ -50,8 +50,8 @@ import torch
 from transformers import DynamicCache
 from transformers.utils import cached_file
 
-from dfc import (TOOL_ROW, alike, cli, collect, hooked, load, load_model, needs_tool,
-                 opened, parse_args, prompt_of, read_metrics, read_rows, split_of, token_ids, whole)
+from dfc import (TOOL_ROW, alike, cli, collect, hooked, load, load_model, opened,
+                 parse_args, prompt_of, read_metrics, read_rows, split_of, token_ids, whole)
 
 # ---- 1. Parse and score --------------------------------------------------------------------------
 def parse_calls(text):
@@ -74,6 +74,10 @@ def parse_calls(text):
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 tidy, body = False, body.partition("\n")[2]
     return calls, tidy
+
+def needs_tool(row):
+    """Does the gold answer call a tool? A thought may mention the tag: read is what follows it."""
+    return "<tool_call>" in row["output"].rpartition("</think>")[2]
 
 def responds(output, gold):
     """A non-empty <response>; plain text where the gold has no such tag. A thought that does not
@@ -296,42 +300,44 @@ def reconstructions(cc, x_NMD, raw=False):
 
 # ---- 5. The program ------------------------------------------------------------------------------
 def open_run(name, preset=None, get=load_model):
-    """A run with its models: (settings, crosscoder, {"A": model, "B": model}, tokenizer, folder of
-    results). name: a folder of dfc.py, None for the newest; with a preset, a crosscoder alone,
-    which is asked for its layer. get: load_model, or one that remembers. Raises ValueError."""
+    """A run with its models: settings s, crosscoder cc, models {"A", "B"}, tokenizer, folder of
+    results, max_new tokens an answer. name: a folder of dfc.py, None for the newest; with a preset,
+    a crosscoder alone, which is asked for its layer. get: load_model, or one that remembers.
+    Raises ValueError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     done = sorted(Path("runs").glob("*/model.safetensors"), key=lambda f: f.stat().st_ctime)
     if not name and (preset or not done):
         raise ValueError("no finished run in runs/: make one with python dfc.py, or name one")
     folder = Path(name) if name else done[-1].parent
     if preset:
-        folder, own = Path("runs", name.replace("/", "--")), {}
+        folder, own = Path("runs", f"{preset}-{name.replace('/', '--')}"), {}
         for file in ("config.json", "hparams.json"):  # the authors keep the layer apart
             own |= {} if "layer" in own else json.loads(Path(cached_file(name, file)).read_text())
         config = vars(parse_args(["--preset", preset, "--recipe", "paper"])) | {
-            "layer": own["layer"], "out": str(folder)}
-        cc = load(name, device)
-        if not (folder / "metrics.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "metrics.json").write_text(json.dumps({"config": config}))
-    s = argparse.Namespace(**read_metrics(folder)["config"])
-    s.max_new = 64 if s.preset == "tiny" else 512  # tokens of an answer
-    cc = cc if preset else load(str(folder), device)
-    (a, tokenizer), (b, _) = get(s.model_a, device), get(s.model_b, device)
+            "layer": own["layer"], "out": str(folder), "crosscoder": name}
+    else:
+        config = {"crosscoder": str(folder)} | read_metrics(folder)["config"]
+    s = argparse.Namespace(**config)
+    cc, (a, tokenizer), (b, _) = load(s.crosscoder, device), *(
+        get(model, device) for model in (s.model_a, s.model_b))
     if a.config.hidden_size != cc.b_dec.shape[1]:
         raise ValueError(f"{folder} is {cc.b_dec.shape[1]} wide, {s.model_a} "
                          f"{a.config.hidden_size}")
-    return s, cc, {"A": a, "B": b}, tokenizer, folder
+    if not (folder / "metrics.json").exists():  # a crosscoder's first use: results go there
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps({"config": config}))
+    return argparse.Namespace(s=s, cc=cc, models={"A": a, "B": b}, tokenizer=tokenizer,
+                              folder=folder, max_new=64 if s.preset == "tiny" else 512)
 
-def rows_of(s, tokenizer, model, split, most=None, max_new=64, style="chat"):
+def rows_of(s, tokenizer, model, split, most=None, max_new=64, template="chat"):
     """(rows, prompts) of a split, at most `most` of each kind; a prompt that with its answer would
     not fit the model's positions, or a row whose gold is no call that can be read, is left out and
-    counted. style "paper": the system text alone, as published: it does not hold the question."""
+    counted. template "paper": the system text alone, as published: it does not hold the question."""
     seen, kept, out = Counter(), [], 0
     for row in read_rows(s.tool_texts, TOOL_ROW):
         kind = row.get("kind", needs_tool(row))
         if split_of(row) == split and (most is None or seen[kind] < most):
-            prompt = row["instruction"] if style == "paper" else prompt_of(row, tokenizer)
+            prompt = row["instruction"] if template == "paper" else prompt_of(row, tokenizer)
             room = model.config.get_text_config().max_position_embeddings - max_new
             fits = len(token_ids(tokenizer, prompt)) <= room and parse_calls(row["output"])[1]
             kept += [(row, prompt)] * fits
@@ -366,26 +372,26 @@ def keep(folder, key, value, lines, file):
     with whole(folder / "metrics.json") as part:
         part.write_text(json.dumps(before | {key: value}, indent=1))
 
-def evaluate(run, args):
+def evaluate(r, args):
     """Answer, score, save and print one run's versions."""
-    began, (s, cc, models, tokenizer, folder) = time.time(), run
-    max_new = args.max_new or s.max_new
-    rows, prompts = rows_of(s, tokenizer, models["A"], "test", args.rows, max_new, args.prompt)
-    x_NMD, texts, result = pair_at(models, tokenizer, prompts, s.layer), {}, {}
+    began, layer, max_new = time.time(), r.s.layer, args.max_new or r.max_new
+    rows, prompts = rows_of(r.s, r.tokenizer, r.models["A"], "test", args.rows, max_new,
+                            args.template)
+    x_NMD, texts, result = pair_at(r.models, r.tokenizer, prompts, layer), {}, {}
     chances = chance(rows)
-    for m, versions in reconstructions(cc, x_NMD, s.recipe == "paper").items():
+    for m, versions in reconstructions(r.cc, x_NMD, r.s.recipe == "paper").items():
         v_VND = torch.stack([torch.zeros_like(x_NMD[:, 0]), *versions.values()])
-        said = generate(models[m], tokenizer, prompts, max_new, s.layer,
+        said = generate(r.models[m], r.tokenizer, prompts, max_new, layer,
                         [1] + [0] * len(versions), v_VND)
         texts[m] = dict(zip(["clean", *versions], said))
         result[m] = compare(texts[m], rows)
-        print(f"\n{folder}, layer {s.layer}, into {m}, {len(rows)} test rows")
+        print(f"\n{r.folder}, layer {layer}, into {m}, {len(rows)} test rows")
         print_totals(result[m] | (chances if m == "A" else {}))
     lines = [{"prompt": prompt, "gold": row["output"], "answers": {
         m: {name: said[i] for name, said in versions.items()} for m, versions in texts.items()}}
         for i, (row, prompt) in enumerate(zip(rows, prompts))]
-    keep(folder, "evaluation", {"models": result, "chance": chances, "rows": len(rows),
-                                "prompt": args.prompt, "seconds": time.time() - began},
+    keep(r.folder, "evaluation", {"models": result, "chance": chances, "rows": len(rows),
+                                "template": args.template, "seconds": time.time() - began},
          lines, "eval.jsonl")
     print(headline("A, reconstruction", result["A"]["reconstruction"]["all"]))
 
@@ -394,8 +400,8 @@ def main(argv=None):
     p.add_argument("runs", nargs="*", help="run folders (default: the newest)")
     p.add_argument("--preset", choices=["tiny", "paper"], help="for crosscoders without a run: "
                    "whose models and texts, and the layer unless the crosscoder names its own")
-    p.add_argument("--prompt", choices=["chat", "paper"], default="chat", help="chat template with "
-                   "the question, or as published the system text alone")
+    p.add_argument("--template", choices=["chat", "paper"], default="chat", help="of prompts: chat "
+                   "template with the question, or as published the system text alone")
     p.add_argument("--rows", type=int, help="test rows of each kind (default: all)")
     p.add_argument("--max-new", type=int, help="tokens of an answer (64; preset paper: 512)")
     p.add_argument("--score", metavar="FILE", help="only score a .jsonl of your own answers")

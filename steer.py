@@ -9,13 +9,15 @@ begins (on test rows):
     down     alpha = 0 takes the latents S away
     up       alpha > 1 exaggerates them: the smallest that on dev rows is as good as the best
     into B   c W_dec[l, A] scale_A added to B, c the latent's mean or maximum on dev prompts
+    as in A  c f_nl W_dec[l, A] scale_A added to either: as strong as A has it on each prompt
 
 An effect alone shows little: many directions of that length move a hesitating model. So each stands
 beside directions of the same length, prompt by prompt: 10 random ones, every other live latent of
 the same partition (of more than 60, those that separate best), and two that need no dictionary, the
-differences of means A - B (on prompts that need a tool) and needs - none (of A). The verdict is
-computed from exact calls alone; beside it stand the false calls, tool calls on prompts that need
-none, for a push that calls always passes too:
+differences of means A - B (on prompts that need a tool) and needs - none (of A). "As in A" stands
+beside these two as they are used without a dictionary: one vector for all prompts, at the strength
+that is best for it. The verdict is computed from exact calls alone; beside it stand the false
+calls, tool calls on prompts that need none, for a push that calls always passes too:
 
     no                    the effect's 95 % interval reaches 0 or the strongest random direction
     beyond random         it lies beyond both
@@ -23,8 +25,7 @@ none, for a push that calls always passes too:
 
     python steer.py                          # the newest run of dfc.py: six minutes
     python steer.py runs/a runs/null         # beside the null: a run of A against itself
-    python steer.py --latents 42 --alpha 0 --prompt "Wake me up at 7:15."     # your own: seconds
-    python steer.py --monitor "Wake me up at 7:15."     # at which tokens does the latent fire?
+    python steer.py --prompt "Wake me up at 7:15."     # your own words: seconds
 
 Shapes as in dfc.py: N prompts, P, Q two sets of them, M = 2 models, D width, L latents, S the
 chosen latents, V versions of each answer, T tokens.
@@ -42,9 +43,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dfc import (PLAIN_ROW, cli, hooked, needs_tool, opened, prompt_of, read_rows, residual,
-                 split_of, texts_of, token_ids, whole)
-from eval_toolcall import (generate, keep, open_run, pair_at, paired, rows_of, score, tool_names)
+from dfc import cli, hooked, opened, prompt_of, residual, texts_of, token_ids, whole
+from eval_toolcall import (generate, keep, needs_tool, open_run, pair_at, paired, rows_of, score,
+                           tool_names)
 
 ALPHAS = (0., 1., 1.25, 1.5, 2., 2.5, 3., 4., 6., 8., 16., 32.)
 
@@ -86,12 +87,12 @@ def ranking(cc, x, f):
         p, q = f[first], f[second]
         columns = {"cohens_d": cohens_d(p, q), "auroc": auroc(p, q),
                    "fire_rate_tool": (p > 0).float().mean(0),
-                   "fire_rate_nontool": (q > 0).float().mean(0), "diff": p.mean(0) - q.mean(0),
+                   "fire_rate_nontool": (q > 0).float().mean(0),
                    "mean_tool": p.mean(0), "mean_nontool": q.mean(0),
                    "nu_error": nu_error, "nu_recon": nu_recon}
         order = columns["cohens_d"].argsort(descending=True).tolist()
         rows += [{"contrast": f"{first}/{second}", "partition": part_of(cc, i), "rank": rank,
-                  "feature_idx": i, "sign": 1} | {n: c[i].item() for n, c in columns.items()}
+                  "feature_idx": i} | {n: c[i].item() for n, c in columns.items()}
                  for rank, i in enumerate(order) if columns["cohens_d"][i] > 0]
     return rows
 
@@ -129,15 +130,14 @@ def random_units(n, like_D, seed=0):
 # ---- 3. The scene: a run, its models, prompts with their latents ---------------------------------
 def stage(name, preset, max_new=None):
     """A run with what steering it needs. Raises ValueError."""
-    s, cc, models, tokenizer, folder = open_run(name, preset)
-    r = argparse.Namespace(s=s, cc=cc, models=models, tokenizer=tokenizer, folder=folder)
-    r.max_new = max_new or s.max_new
+    r = open_run(name, preset)
+    r.max_new = max_new or r.max_new
     r.dev = place(r, "dev")
-    x_NMD = pair_at(models, tokenizer, texts_of(s, tokenizer, "dev", 300), s.layer)
+    x_NMD = pair_at(r.models, r.tokenizer, texts_of(r.s, r.tokenizer, "dev", 300), r.s.layer)
     x = {"needs": r.dev.x_NMD[r.dev.needs], "none": r.dev.x_NMD[~r.dev.needs],
          "tool": x_NMD[:300], "plain": x_NMD[300:]}
-    r.f = {name: cc.encode(x_NMD) for name, x_NMD in x.items()}
-    r.ranked = ranking(cc, x, r.f)
+    r.f = {name: r.cc.encode(x_NMD) for name, x_NMD in x.items()}
+    r.ranked = ranking(r.cc, x, r.f)
     needs_MD, none_MD = x["needs"].mean(0), x["none"].mean(0)
     r.mean = {"A - B": needs_MD[0] - needs_MD[1], "needs - none": needs_MD[0] - none_MD[0]}
     return r
@@ -159,7 +159,7 @@ def outcomes(r, p, m, v_VND, everywhere=None):
         scores = [score(text, row) for text, row in zip(texts, p.rows)]
         exact = [s["exact"] for s, needs in zip(scores, p.needs) if needs]
         false = [s["called"] for s, needs in zip(scores, p.needs) if not needs]
-        out.append((exact, 100 * sum(false) / max(1, len(false)), texts))
+        out.append((exact, 100 * float(np.mean(false or [0])), texts))
     return out
 
 # ---- 4. One latent: effects, controls, verdict ---------------------------------------------------
@@ -184,14 +184,18 @@ def judge(effect, controls, hoped):
     every = all(beyond.values()) and len(beyond) > 1  # at every token only random ones are tried
     return "beyond every control" if every else "beyond random" if beyond["random"] else "no"
 
-def claim(r, p, m, kind, text, delta_ND, units, sign=1):
-    """One row of the table: the effect of adding delta_ND to model m beside every control, each
-    prompt's length kept. sign -1: taken away, and so are the controls; calls should fall."""
-    stacked = [torch.zeros_like(delta_ND), delta_ND] + [
-        sign * delta_ND.norm(dim=1, keepdim=True) * u for us in units.values() for u in us]
-    clean, own, *others = outcomes(r, p, m, torch.stack(stacked))
-    return verdict(kind, f"{m}: {text}", clean, own, {
-        name: [others.pop(0) for _ in us] for name, us in units.items()}, sign)
+def as_long(v_ND, units, sign=1):
+    """{name: controls (n, N, D)}: along each unit direction, as long as v is at each prompt."""
+    return {name: sign * v_ND.norm(dim=1, keepdim=True) * u_nD[:, None]
+            for name, u_nD in units.items()}
+
+def claim(r, p, m, kind, text, v_ND, controls, sign=1):
+    """One row of the table: the effect of adding v_ND to model m beside controls {name: (n, N, D)}.
+    sign -1: calls should fall."""
+    clean, own, *others = outcomes(r, p, m, torch.cat([0 * v_ND[None], v_ND[None],
+                                                       *controls.values()]))
+    return verdict(kind, text, clean, own, {
+        name: [others.pop(0) for _ in some] for name, some in controls.items()}, sign)
 
 def verdict(kind, text, clean, own, others, sign):
     """The row that metrics.json keeps, from outcomes."""
@@ -203,13 +207,13 @@ def verdict(kind, text, clean, own, others, sign):
             "controls": controls, "texts": own[2], "verdict": judge(effect, controls, sign) if
             len(own[0]) >= 20 else "too few rows"}  # a bootstrap of a few says nothing
 
-def everywhere(r, p, latents):
+def everywhere(r, p, latents, units):
     """The claim "down" at every token of prompt and answer, beside random directions."""
     still = torch.zeros(1, *p.x_NMD[:, 0].shape)
-    units = [None, *random_units(10, r.cc.b_dec[0])]
     clean, = outcomes(r, p, "A", still)
-    own, *others = [outcomes(r, p, "A", still, taken_away(r.cc, latents, u))[0] for u in units]
-    return verdict("down, every token", "A: taken away at every token", clean, own,
+    own, *others = [outcomes(r, p, "A", still, taken_away(r.cc, latents, u))[0]
+                    for u in (None, *units["random"])]
+    return verdict("down, every token", "taken away from A at every token", clean, own,
                    {"random": others}, -1)
 
 def best_strength(r, p, m, unit_ND, strengths):
@@ -222,58 +226,60 @@ def best_strength(r, p, m, unit_ND, strengths):
     enough = max(gain) - 100 * np.std(exact) / len(exact) ** .5  # of its exact calls
     return min(c for c, g in zip(strengths, gain) if g >= enough)
 
-def against_constants(r, dev, p, latents):
-    """What a dictionary has to win: the latent, as strong as it is active in A on each prompt (in B
-    a copy of what A has decided), against constant differences of means as people use them, each
-    at its best strength on dev; rows of {model, what, strength, exact, false_calls}."""
-    ways, rows = {"the latent, as active in A": lambda q: delta(r.cc, q.f_NL, latents, 2)}, []
-    for name, v_D in r.mean.items():
-        ways[f"constant {name}"] = lambda q, v_D=v_D: v_D.expand(len(q.rows), -1)
-    for m in "AB":
-        for name, way in ways.items():
-            c = best_strength(r, dev, m, way(dev), [.25, .5, 1, 2, 4, 8])
-            (exact, false, _), = outcomes(r, p, m, c * way(p)[None])
-            rows.append({"model": m, "what": name, "strength": c, "false_calls": false,
-                         "exact": 100 * sum(exact) / len(exact)})
-    return rows
+def as_in_a(r, dev, p, m, latents, units):
+    """The claim a dictionary has to win: the latents, as strong as they are active in A on each
+    prompt (in B a copy of what A has decided), against the differences of means as they are used
+    without one, a constant vector. Each has the strength that is best for it on dev."""
+    ways = [lambda q: delta(r.cc, q.f_NL, latents, 2)]
+    ways += [lambda q, v_D=v_D: v_D.expand(len(q.rows), -1) for v_D in r.mean.values()]
+    strengths = [best_strength(r, dev, m, way(dev), [.25, .5, 1, 2, 4, 8]) for way in ways]
+    own_ND, *constants = [c * way(p) for c, way in zip(strengths, ways)]
+    controls = as_long(own_ND, {"random": units["random"]}) | {
+        name: v_ND[None] for name, v_ND in zip(r.mean, constants)}
+    return claim(r, p, m, "as in A", f"as active in A, x {strengths[0]:g}, added to {m}",
+                 own_ND, controls)
 
 @torch.no_grad()
-def on_plain_text(r, latents, n=60):
+def on_plain_text(r, latents, units, n=60):
     """Change of A's cross-entropy, nats per token of n plain test texts, when the latents are taken
     away at every token, beside 10 random directions of that length."""
-    rows = read_rows(r.s.plain_texts, PLAIN_ROW, 20 * n)
-    texts = [row["text"] for row in rows if split_of(row) == "test"][:n]
-    ids = [torch.tensor([i[:512]], device=r.cc.mean.device) for i in token_ids(r.tokenizer, texts)]
+    ids = [torch.tensor([i], device=r.cc.mean.device) for i in token_ids(
+        r.tokenizer, texts_of(r.s, r.tokenizer, "test", n)[n:])]
 
     def loss(edit):
         with hooked(r.models["A"], r.s.layer, edit):
-            return [r.models["A"](input_ids=i, labels=i).loss.item() for i in ids]
+            return [r.models["A"](input_ids=i, labels=i).loss.item() for i in ids if i.numel() > 1]
     clean = loss(lambda h: h)
     changes = [paired(loss(taken_away(r.cc, latents, u)), clean, unit=1)
-               for u in (None, *random_units(10, r.cc.b_dec[0]))]
+               for u in (None, *units["random"])]
     return {"nats": changes[0], "random": [c["pp"] for c in changes[1:]]}
 
 def one_latent(r, args, latents):
     """The table of a latent, or a set of them, on test rows -> what metrics.json keeps."""
     dev, p = place(r, "dev", 30), place(r, "test", args.rows)
-    units, W_SD = controls_of(r, latents), r.cc.W_dec[latents, 0] * r.cc.scale[0]
-    f_S = r.dev.f_NL[r.dev.needs][:, latents]
+    units, f_NL = controls_of(r, latents), r.dev.f_NL[r.dev.needs]
     alpha = 1 + best_strength(r, dev, "A", delta(r.cc, dev.f_NL, latents, 2),
                               [a - 1 for a in ALPHAS if a > 1])
-    tests = [("down", "A", "taken away", delta(r.cc, p.f_NL, latents, 0), -1),
-             ("up", "A", f"alpha = {alpha:g}", delta(r.cc, p.f_NL, latents, alpha), 1)]
-    tests += [("into B", "B", f"+ its {name}", (c_S @ W_SD).expand(len(p.rows), -1), 1)
-              for name, c_S in (("mean", f_S.mean(0)), ("maximum", f_S.max(0).values))]
-    rows = [claim(r, p, m, kind, text, d_ND, units, sign) for kind, m, text, d_ND, sign in tests]
-    out = {"latents": latents, "alpha": alpha, "rows": len(p.rows), "ranking": [
-        row for row in r.ranked if row["feature_idx"] in latents]}
+    tests = [("down", "A", "taken away from A", delta(r.cc, p.f_NL, latents, 0), -1),
+             ("up", "A", f"scaled by alpha = {alpha:g} in A", delta(r.cc, p.f_NL, latents, alpha),
+              1)]
+    tests += [("into B", "B", f"its {name} added to B",
+               delta(r.cc, c_L[None], latents, 2).expand(len(p.rows), -1), 1)
+              for name, c_L in (("mean", f_NL.mean(0)), ("maximum", f_NL.max(0).values))]
+    rows = [claim(r, p, m, kind, text, v_ND, as_long(v_ND, units, sign), sign)
+            for kind, m, text, v_ND, sign in tests]
+    rows += [as_in_a(r, dev, p, m, latents, units) for m in "AB"]
+    needs = sum(p.needs.tolist())
+    out = {"latents": latents, "alpha": alpha, "ranking": [
+        row for row in r.ranked if row["feature_idx"] in latents],
+        "rows": {"needs": needs, "none": len(p.rows) - needs}}
     if max(latents) < r.cc.n_a:  # what an exclusive latent reads can be told from A alone
-        rows.append(everywhere(r, p, latents))
-        out["plain_text"] = on_plain_text(r, latents)
+        rows.append(everywhere(r, p, latents, units))
+        out["plain_text"] = on_plain_text(r, latents, units)
     texts = {c["text"]: c.pop("texts") for c in rows}
     lines = [{"prompt": prompt, "gold": row["output"]} | {what: t[i] for what, t in texts.items()}
              for i, (row, prompt) in enumerate(zip(p.rows, p.prompts))]
-    return out | {"claims": rows, "constants": against_constants(r, dev, p, latents)}, lines
+    return out | {"claims": rows}, lines
 
 def chosen(r, args):
     """The latents asked for, or the best A-exclusive one on dev (of a plain crosscoder, of all)."""
@@ -289,23 +295,22 @@ def chosen(r, args):
 
 def print_result(r, out):
     """The table; every figure in percent or percentage points."""
-    print(f"\n{r.folder}, layer {r.s.layer}, latent {' '.join(map(str, out['latents']))}, "
-          f"{out['rows']} test rows. Controls: the range of their changes (most false calls)\n"
-          f"{'':30s}exact, its change, 95 %        false calls" + "".join(
-              f"{name:>15s}" for name in ("random", "latents", "A - B", "needs - none")))
+    names = "random", "latents", "A - B", "needs - none"
+    print("\n{}, layer {}, latent {}; test rows: {needs} that need a tool, {none} that do not\n"
+          .format(r.folder, r.s.layer, " ".join(map(str, out["latents"])), **out["rows"])
+          + f"{'':36s}exact calls, %                 false    changes by controls, pp (false calls, "
+          f"%)\n{'':36s}clean  change, pp, 95 %     calls, %" + "".join(
+              f"{name:>15s}" for name in names) + "   verdict")
     for c in out["claims"]:
-        e, cells = c["effect"], ""
-        for name in ("random", "latents", "A - B", "needs - none"):
-            pp = sorted(x["pp"] for x in c["controls"].get(name, []))
-            most = max((x["false_calls"] for x in c["controls"].get(name, [])), default=0)
-            span = "..".join(dict.fromkeys(f"{v:.0f}" for v in (*pp[:1], *pp[-1:])))
-            cells += f"{f'{span} ({most:.0f})' if pp else '-':>15s}"
-        change = f"{e['pp']:+.1f} [{e['lo']:+.1f}, {e['hi']:+.1f}]"
-        print(f"{c['text']:30s}{c['clean']['exact']:5.1f} {change:22s}{c['false_calls']:13.1f}"
+        cells = ""
+        for some in (c["controls"].get(name, []) for name in names):
+            ends = [f"{end(x['pp'] for x in some):.0f}" for end in (min, max) if some]
+            most = max((x["false_calls"] for x in some), default=0)
+            span = "..".join(dict.fromkeys(ends)) + f" ({most:.0f})"
+            cells += f"{span if some else '-':>15s}"
+        change = "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**c["effect"])
+        print(f"{c['text']:36s}{c['clean']['exact']:5.0f}  {change:20s}{c['false_calls']:10.0f}"
               f"{cells}   {c['verdict']}")
-    print(f"\n{'at the strength best on dev':30s}model  strength  exact %  false calls %")
-    for c in out["constants"]:
-        print("{what:30s}{model:5s}{strength:10g}{exact:9.1f}{false_calls:15.1f}".format(**c))
     for row in out["ranking"]:
         print("dev rows, latent {feature_idx}, {contrast}: d {cohens_d:.2f}, AUROC {auroc:.3f}, "
               "fires on {fire_rate_tool:.2f} / {fire_rate_nontool:.2f}, nu_error {nu_error:.2f}, "
@@ -325,33 +330,25 @@ def own_prompt(r, text):
     said = f"<user> {text} </user>" if row["input"].startswith("<user>") else text  # ToolRL's way
     return prompt_of(row | {"input": said}, r.tokenizer)
 
-def steer_prompt(r, args, latents):
-    """A's answers to one prompt, clean (alpha = 1) and steered."""
-    prompt = own_prompt(r, args.prompt)
+@torch.no_grad()
+def own_words(r, args, latents):
+    """A's answers to one prompt, clean (alpha = 1) and steered, and the tokens of the clean one, of
+    prompt and answer, at which the latents survive the top k."""
+    prompt, alphas = own_prompt(r, args.prompt), [1., *args.alpha]
     f_NL = r.cc.encode(pair_at(r.models, r.tokenizer, [prompt], r.s.layer))
-    print(f"latents {latents}: {f_NL[0, latents].tolist()} at its last token")
-    v_VND = torch.stack([delta(r.cc, f_NL, latents, a) for a in args.alpha])
+    v_VND = torch.stack([delta(r.cc, f_NL, latents, a) for a in alphas])
     said = generate(r.models["A"], r.tokenizer, [prompt], r.max_new, r.s.layer, [1] * len(v_VND),
                     v_VND)
-    for alpha, (text,) in zip(args.alpha, said):
+    for alpha, (text,) in zip(alphas, said):
         print(f"\n--- alpha = {alpha:g}\n{text}")
-
-@torch.no_grad()
-def monitor(r, args, latents):
-    """Each token of a prompt and of A's answer with what the latent reads there before the top k,
-    and * where it survives it."""
-    prompt = own_prompt(r, args.monitor)
-    said = generate(r.models["A"], r.tokenizer, [prompt], r.max_new)[0][0]
-    ids = torch.tensor([token_ids(r.tokenizer, prompt + said.removeprefix(opened(prompt)))],
-                       device=r.cc.mean.device)
-    x_TMD = torch.stack([residual(m, ids, r.s.layer)[0] for m in r.models.values()], 1)
-    f_TL, pre_TL = r.cc.encode(x_TMD), r.cc.top(r.cc.normalise(x_TMD))[2]
+    ids = token_ids(r.tokenizer, prompt + said[0][0].removeprefix(opened(prompt)))
+    ids_BT = torch.tensor([ids], device=f_NL.device)
+    f_TL = r.cc.encode(torch.stack([residual(m, ids_BT, r.s.layer)[0]
+                                    for m in r.models.values()], 1))
     for latent in latents:
-        print(f"\nlatent {latent}   (* it survives the top {r.cc.k}; the answer begins after "
-              f"{len(token_ids(r.tokenizer, prompt))} tokens)")
-        for i, token in enumerate(ids[0].tolist()):
-            bar = "#" * int(4 * pre_TL[i, latent].clamp(0, 15)) + "*" * (f_TL[i, latent] > 0).item()
-            print(f"{i:4d} {r.tokenizer.decode([token])!r:>20s} {pre_TL[i, latent]:7.2f} {bar}")
+        print(f"\nlatent {latent} fires at (answer: after {len(token_ids(r.tokenizer, prompt))}):")
+        for i in f_TL[:, latent].nonzero()[:, 0].tolist():
+            print(f"{i + 1:5d} {r.tokenizer.decode(ids[i])!r:20s}{f_TL[i, latent]:8.2f}")
 
 # ---- 6. The program ------------------------------------------------------------------------------
 def main(argv=None):
@@ -361,21 +358,23 @@ def main(argv=None):
     p.add_argument("--preset", choices=["tiny", "paper"], help="for a crosscoder without a run: "
                    "whose models and texts")
     p.add_argument("--latents", nargs="+", type=int, help="default: the best one on dev")
-    p.add_argument("--alpha", nargs="+", type=float, default=ALPHAS, help="strengths for --prompt")
+    p.add_argument("--alpha", nargs="+", type=float, default=[0.],
+                   help="strengths for --prompt; 0 takes the latents away")
     p.add_argument("--rows", type=int, default=40, help="test rows of each kind")
-    p.add_argument("--prompt", help="steer A's answer to these words of a user and print the texts")
-    p.add_argument("--monitor", metavar="PROMPT", help="print at which tokens the latents fire")
+    p.add_argument("--prompt", help="steer A's answer to these words of a user: print the texts, "
+                   "and at which tokens the latents fire")
     args = p.parse_args(argv)
     began, r = time.time(), stage(args.run, args.preset)
     latents = chosen(r, args)
-    if args.prompt is not None or args.monitor is not None:
-        return (monitor if args.prompt is None else steer_prompt)(r, args, latents)
+    if args.prompt is not None:
+        return own_words(r, args, latents)
     ranked = {"run": r.ranked} | ({"null": stage(args.null, None).ranked} if args.null else {})
     out, lines = one_latent(r, args, latents)
     print_result(r, out)
     out["specific"] = {name: sum(map(specific, rows)) for name, rows in ranked.items()}
-    print(f"\ntool latents of A alone (AUROC >= .9, |nu_error| < .2, |nu_recon| < .5), of "
-          f"{r.cc.n_a} A-exclusive ones: {out['specific']}")
+    for name, n in out["specific"].items():
+        print(f"{name}: {n} of {r.cc.n_a} A-exclusive latents pass as tool latents that only A has "
+              "(AUROC >= .9, |nu_error| < .2, |nu_recon| < .5)")
     with whole(r.folder / "ranking.csv") as part, open(part, "w", newline="") as f:
         table = csv.DictWriter(f, r.ranked[0])
         table.writeheader()

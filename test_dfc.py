@@ -253,8 +253,8 @@ ONE, TWO, NONE = row_of(says(WEATHER)), row_of(says(SHORT, TIME)), row_of(RESPON
 def test_a_row_belongs_to_one_split_and_needs_a_tool_where_its_answer_calls_one():
     counts = Counter(dfc.split_of({"text": str(i)}) for i in range(2000))
     assert 150 < counts["dev"] < 250 and 150 < counts["test"] < 250
-    assert dfc.split_of({"text": "0", "split": "dev"}) == "dev" and dfc.needs_tool(ONE)
-    assert not dfc.needs_tool(row_of("<think> no <tool_call>? </think>\n<response> a </response>"))
+    assert dfc.split_of({"text": "0", "split": "dev"}) == "dev" and ev.needs_tool(ONE)
+    assert not ev.needs_tool(row_of("<think> no <tool_call>? </think>\n<response> a </response>"))
 
 def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer(pair):
     row = rows_in(TINY / "tools.jsonl", "train")[0]
@@ -275,9 +275,7 @@ def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp
     assert torch.equal(again(x)[0], cc(x)[0]) and dfc.fve(x, again(x)[0]).min() > .5
     state = load_file(tmp_path / "run" / "model.safetensors")
     assert {name: "x".join(map(str, t.shape)) for name, t in state.items()} == dict(
-        W_enc="2x8x32", b_enc="32", W_dec="32x2x8", b_dec="2x8", mean="2x8", scale="2",
-        enc_mask="2x32", dec_mask="32x2")
-    assert state["enc_mask"].sum(1).tolist() == state["dec_mask"].sum(0).tolist() == [29, 28]
+        W_enc="2x8x32", b_enc="32", W_dec="32x2x8", b_dec="2x8", mean="2x8", scale="2")
 
 def published(folder, D=8, n=2, k=4, **masks):
     """A folder in the form of the paper's checkpoints, from random weights -> its crosscoder."""
@@ -588,7 +586,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(world, pair, capsys):
     fit, _ = ev.rows_of(s, tokenizer, models["A"], "test", None, room)
     assert fit == [row for row, n in zip(test, lengths) if n < max(lengths)]
     assert capsys.readouterr().out.startswith(f"{len(test) - len(fit)} test rows left out")
-    few, bare = ev.rows_of(s, tokenizer, models["A"], "test", 1, style="paper")
+    few, bare = ev.rows_of(s, tokenizer, models["A"], "test", 1, template="paper")
     assert len({row["kind"] for row in few}) == len(few) and bare[0] == few[0]["instruction"]
 
 # ---- 9. Steering ---------------------------------------------------------------------------------
@@ -637,13 +635,13 @@ def test_latents_are_ranked_by_two_contrasts_of_dev_texts_in_the_authors_columns
     r, rows = scene[0], rows_in(scene[0].s.tool_texts, "dev")
     plain = [piece for row in rows_in(r.s.plain_texts)[:2 * r.s.n_texts] for piece in dfc.chunks(
         row["text"], r.tokenizer) if dfc.split_of(row) == "dev"]
-    needs, none = ([dfc.prompt_of(row, r.tokenizer) for row in rows if dfc.needs_tool(row) is yes]
+    needs, none = ([dfc.prompt_of(row, r.tokenizer) for row in rows if ev.needs_tool(row) is yes]
                    for yes in (True, False))
-    names = "cohens_d auroc diff fire_rate_tool fire_rate_nontool"
+    names = "cohens_d auroc fire_rate_tool fire_rate_nontool"
     for contrast, *sets in (("needs/none", needs, none), ("tool/plain", dfc.tool_texts(
             rows, r.tokenizer, 300, "dfc", 0), plain)):
         p, q = (r.cc.encode(ev.pair_at(r.models, r.tokenizer, texts, r.s.layer)) for texts in sets)
-        slow_5L = torch.stack([steer.cohens_d(p, q), steer.auroc(p, q), p.mean(0) - q.mean(0),
+        slow_5L = torch.stack([steer.cohens_d(p, q), steer.auroc(p, q),
                                (p > 0).float().mean(0), (q > 0).float().mean(0)])
         best = sorted(slow_5L[0][slow_5L[0] > 0].tolist())[::-1]
         got = [row for row in r.ranked if row["contrast"] == contrast]
@@ -668,9 +666,14 @@ def test_controls_are_all_other_live_latents_and_have_each_prompts_length(scene,
         ([0], 0., [])] * len(v_VND))
     delta, every = torch.randn(5, 128), torch.cat(list(units.values()))[:, None]
     for sign in (1, -1):
-        steer.claim(r, None, "A", "down", "", delta, units, sign)
+        steer.claim(r, None, "A", "down", "", delta, steer.as_long(delta, units, sign), sign)
         assert torch.equal(seen[-1][:2], torch.stack([0 * delta, delta]))
         assert close(seen[-1][2:], sign * delta.norm(dim=1, keepdim=True) * every)
+    monkeypatch.setattr(steer, "best_strength", lambda *args: 3.)
+    steer.as_in_a(r, dev, dev, "B", latents, units)
+    assert close(seen[-1][1], 3 * steer.delta(r.cc, dev.f_NL, latents, 2))  # beside one vector for
+    for v_ND, other in zip(seen[-1][-2:], (b, none)):                       # all prompts
+        assert close(v_ND, 3 * (a - other).expand_as(v_ND))
 
 VERDICTS = """
  10  20  rise   5   3   8   9   beyond every control
@@ -710,12 +713,11 @@ def test_a_run_is_evaluated_and_steered_and_keeps_every_answer_total_and_claim(w
             change = total["needs"]["exact"]["pct"] - versions["clean"]["needs"]["exact"]["pct"]
             assert name == "clean" or total["change"]["pp"] == pytest.approx(change)
         assert all(a[m]["own activation"] == a[m]["clean"] for a in answers)
-    steering, kinds = after["steering"], Counter()
-    for claim in steering["claims"]:
-        kinds[claim["kind"]] += len(claim["controls"]) == 4 and 0 <= claim["false_calls"] <= 100
-        assert claim["verdict"] == "too few rows"
-    assert min(kinds[kind] for kind in ("down", "up", "into B")) > 0
-    assert len(steering["plain_text"]["random"]) == 10 and len(steering["constants"]) == 6
+    steering = after["steering"]
+    assert {claim["verdict"] for claim in steering["claims"]} == {"too few rows"}
+    assert " ".join(f"{c['kind']} {len(c['controls'])}" for c in steering["claims"]) == (
+        "down 4 up 4 into B 4 into B 4 as in A 3 as in A 3 down, every token 1")
+    assert len(steering["plain_text"]["random"]) == 10 and sum(steering["rows"].values()) == 5
     assert steering["specific"].keys() == {"run", "null"} and 0 < sum(after["l0"].values()) < 8.01
     assert "cohens_d,auroc,fire_rate_tool,fire_rate_nontool" in (run / "ranking.csv").read_text()
     assert call(table, run) == 0  # the sweep's table, the published figures beside ours
@@ -725,8 +727,7 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
         scene, capsys):
     r, latents = scene
     text = rows_in(r.s.tool_texts, "test")[2]["instruction"]
-    steer.steer_prompt(r, argparse.Namespace(prompt=text, alpha=[1., 0.]), latents)
-    steer.monitor(r, argparse.Namespace(monitor=text), latents)
+    steer.own_words(r, argparse.Namespace(prompt=text, alpha=[0.]), latents)
     out, prompt = capsys.readouterr().out, steer.own_prompt(r, text)
     assert prompt.count(text) == 2  # said to the row whose tools have most words in common with it
     f_NL = r.cc.encode(ev.pair_at(r.models, r.tokenizer, [prompt], r.s.layer))
@@ -734,11 +735,11 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
     (clean,), (steered,) = ev.generate(r.models["A"], r.tokenizer, [prompt], 12, r.s.layer, (1, 1),
                                        v_VND)
     assert f"alpha = 1\n{clean}" in out and f"alpha = 0\n{steered}" in out
-    ids = torch.tensor([r.tokenizer(prompt + clean.removeprefix(dfc.opened(prompt)))["input_ids"]])
-    x = [dfc.residual(m, ids, r.s.layer)[0] for m in r.models.values()]
-    fires = r.cc.encode(torch.stack(x, 1))[:, latents[0]] > 0
-    lines = re.findall(r"^ *\d+ +['\"].*", out, re.M)
-    assert [line.endswith("*") for line in lines] == fires.tolist()
+    ids = torch.tensor([dfc.token_ids(r.tokenizer, prompt.removesuffix("<think>") + clean)])
+    x_TMD = torch.stack([dfc.residual(m, ids, r.s.layer)[0] for m in r.models.values()], 1)
+    fires = {i: f for i, f in enumerate(r.cc.encode(x_TMD)[:, latents[0]].tolist(), 1) if f}
+    shown = re.findall(r"^ *(\d+) +['\"].* ([\d.]+)$", out, re.M)
+    assert {int(i): float(f) for i, f in shown} == pytest.approx(fires, abs=.01) and fires
 
 def test_a_published_crosscoder_is_evaluated_again_and_again_and_steered(
         world, tmp_path, monkeypatch):
@@ -747,7 +748,9 @@ def test_a_published_crosscoder_is_evaluated_again_and_again_and_steered(
     published("theirs/dfc-D8k", D=128, n=20, k=16)
     for program, more in ((ev, ["--max-new", 3]), (ev, ["--rows", 1]), (steer, ["--prompt", "Hi"])):
         assert call(program, "theirs/dfc-D8k", "--preset", "tiny", *more) == 0
-    result = json.loads(next(Path("runs").glob("*/metrics.json")).read_text())
+    metrics, = Path("runs").glob("*/metrics.json")
+    assert call(ev, metrics.parent, "--rows", 1) == 0  # its results, by their folder
+    result = json.loads(metrics.read_text())
     assert "reconstruction, raw" in result["evaluation"]["models"]["B"]
 
 # ---- 11. The embedded pair, the README, the pieces -----------------------------------------------
@@ -757,7 +760,7 @@ def test_no_question_of_a_test_row_is_asked_in_train_or_dev_and_every_gold_answe
         asked[row["split"] == "test"].add(row["input"].strip().lower())
         kinds[row["kind"]] += row["split"] == "test"
         assert ev.score(row["output"], row)["exact"] == 1
-        assert dfc.needs_tool(row) is (row["kind"] in ("ask", "hint"))
+        assert ev.needs_tool(row) is (row["kind"] in ("ask", "hint"))
     assert min(kinds.values()) >= 60 and not asked[True] & asked[False]
 
 def test_the_pair_behaves_as_its_readme_says(pair):
@@ -843,8 +846,4 @@ def test_the_best_cell_is_chosen_on_dev_and_reported_on_test():
     for less_false, chosen in ((0, (4, 50, 60)), (1, (2, 100, 3))):
         best = grid.best_of(dev, test, {("A", 1, 2.): [5], ("A", 1, 4.): [5]}, less_false)
         assert (best["alpha"], best["test"]["pp"], best["false_calls"]) == chosen
-
-def test_a_sign_flip_p_is_counted_by_hand():
-    for effects, p in (([2, 2, 1], 2 / 8), ([1, 1, -1], 1), ([4, 3, 2, -1], 4 / 16)):
-        assert grid.sign_flip(effects) == p
 

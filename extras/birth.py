@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dfc import cli
 from eval_toolcall import keep
-from steer import auroc, claim, delta, place, random_units, stage
+from steer import as_long, auroc, claim, delta, place, random_units, stage
 
 KINDS = "down", "up", "into B"
 
@@ -52,7 +52,7 @@ def read(t, p, latent, alpha):
     added = [delta(t.cc, p.f_NL, [latent], a) for a in (0, alpha)] + [most_D.expand(len(f_N), -1)]
     claims, units = {}, {"random": random_units(10, row_D)}
     for kind, m, v_ND, sign in zip(KINDS, "AAB", added, (-1, 1, 1)):
-        claims[kind] = c = claim(t, p, m, kind, kind, v_ND, units, sign)
+        claims[kind] = c = claim(t, p, m, kind, kind, v_ND, as_long(v_ND, units, sign), sign)
         c["measured"] = min(sign * c["effect"]["lo"], sign * c["effect"]["hi"]) > 0
         del c["texts"]
     values = f_N[p.needs], f_N[~p.needs]

@@ -93,10 +93,11 @@ def effect(plt, runs):
                 ax.plot(some, [y + .16 * i] * len(some), marker, color=RED, mfc="none", label=label)
         axes[1].text(112, y, c["verdict"].replace(" ", "\n", 1), va="center")
     axes[0].set(yticks=range(len(claims)), yticklabels=[c["text"] for c in claims], xlabel=CHANGE,
-                ylim=(len(claims) - .2, -.4), title="latent {} of {}, n = {} test prompts".format(
-                    " ".join(map(str, m["steering"]["latents"])), folder.name,
-                    m["steering"]["rows"]))
-    axes[1].set(xlabel="false calls, % of prompts\nthat need no tool", xlim=(-4, 104))
+                ylim=(len(claims) - .2, -.4), title="latent {} of {}; n = {needs} test prompts that need a tool"
+                .format(" ".join(map(str, m["steering"]["latents"])), folder.name,
+                        **m["steering"]["rows"]))
+    axes[1].set(xlabel="false calls, % of {none} prompts\nthat need no tool".format(
+        **m["steering"]["rows"]), xlim=(-4, 104), title="verdict on exact calls:")
     legend(fig, axes[0])
     return fig
 
@@ -155,7 +156,7 @@ def recipes(plt, runs):
                 points(ax, [i + .8 * (j + 1) / (len(some) + 1) - .4], [c["effect"]], True,
                        mfc=BLUE if "beyond" in c["verdict"] else "w")
         ax.set(title=text, yticks=range(len(kinds)), yticklabels=kinds, xlabel="percentage points")
-    n = sorted({m["steering"]["rows"] for _, m in found})
+    n = sorted({m["steering"]["rows"]["needs"] for _, m in found})
     fig.suptitle(f"{CHANGE}; a point for each run (seed), {RANGE}, n = {n[0]} to {n[-1]}\nfull: "
                  "beyond 0 and ten random directions of its length; hollow: not", fontsize=10)
     return fig
