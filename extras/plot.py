@@ -92,12 +92,13 @@ def effect(plt, runs):
                 some = [x[key] for x in c["controls"].get(name, [])]
                 ax.plot(some, [y + .16 * i] * len(some), marker, color=RED, mfc="none", label=label)
         axes[1].text(112, y, c["verdict"].replace(" ", "\n", 1), va="center")
-    axes[0].set(yticks=range(len(claims)), yticklabels=[c["text"] for c in claims], xlabel=CHANGE,
-                ylim=(len(claims) - .2, -.4), title="latent {} of {}; n = {needs} test prompts that need a tool"
-                .format(" ".join(map(str, m["steering"]["latents"])), folder.name,
-                        **m["steering"]["rows"]))
-    axes[1].set(xlabel="false calls, % of {none} prompts\nthat need no tool".format(
-        **m["steering"]["rows"]), xlim=(-4, 104), title="verdict on exact calls:")
+    labels = [f"{c['text']}\n(clean {c['clean']['exact']:.0f} %)" for c in claims]
+    n, latents = m["steering"]["rows"], " ".join(map(str, m["steering"]["latents"]))
+    axes[0].set(yticks=range(len(claims)), yticklabels=labels, ylim=(len(claims) - .2, -.4),
+                xlabel=CHANGE, title=f"latent {latents} of {folder.name}; n = {n['needs']} test "
+                "prompts that need a tool")
+    axes[1].set(xlabel=f"false calls, % of {n['none']}\nprompts that need none", xlim=(-4, 104))
+    axes[1].text(112, -.45, "verdict on\nexact calls:")
     legend(fig, axes[0])
     return fig
 
