@@ -462,11 +462,13 @@ RECIPE = {  # name: (as this file trains, as published, help)
     "l1_excl": (2e-5, 1e-3, "lambda of exclusive latents")}
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    p.add_argument("--preset", choices=["tiny", "paper"], default="tiny",
-                   help="models, texts, layer and sizes: the embedded pair's or the paper's")
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0],
+                                epilog="In brackets: what --preset tiny; paper fills in, and for "
+                                "the last four options --recipe dfc; paper.")
+    p.add_argument("--preset", choices=["tiny", "paper"], default="tiny", help="which models, "
+                   "texts, layer and sizes: the embedded pair's (default) or the paper's")
     p.add_argument("--recipe", choices=["dfc", "paper"], default="dfc",
-                   help="how to train: as this file says, or as published")
+                   help="how to train: as this file says (default), or as published")
     p.add_argument("--out", type=Path, help="run folder (default: runs/ and what was asked for)")
     for name, (ours, paper, text) in (SETTINGS | RECIPE).items():
         how = {"action": argparse.BooleanOptionalAction} if ours is True else {"type": type(ours)}

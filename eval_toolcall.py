@@ -313,8 +313,9 @@ def open_run(name, preset=None, get=load_model):
         folder, own = Path("runs", f"{preset}-{name.replace('/', '--')}"), {}
         for file in ("config.json", "hparams.json"):  # the authors keep the layer apart
             own |= {} if "layer" in own else json.loads(Path(cached_file(name, file)).read_text())
-        config = vars(parse_args(["--preset", preset, "--recipe", "paper"])) | {
-            "layer": own["layer"], "out": str(folder), "crosscoder": name}
+        config = vars(parse_args(["--preset", preset, "--recipe", "paper"]))
+        config |= {"layer": own.get("layer", config["layer"]), "out": str(folder),
+                   "crosscoder": name}
     else:
         config = {"crosscoder": str(folder)} | read_metrics(folder)["config"]
     s = argparse.Namespace(**config)
@@ -332,7 +333,7 @@ def open_run(name, preset=None, get=load_model):
 def rows_of(s, tokenizer, model, split, most=None, max_new=64, template="chat"):
     """(rows, prompts) of a split, at most `most` of each kind; a prompt that with its answer would
     not fit the model's positions, or a row whose gold is no call that can be read, is left out and
-    counted. template "paper": the system text alone, as published: it does not hold the question."""
+    counted. template "paper": the system text alone, as published, without the question."""
     seen, kept, out = Counter(), [], 0
     for row in read_rows(s.tool_texts, TOOL_ROW):
         kind = row.get("kind", needs_tool(row))
@@ -400,11 +401,13 @@ def main(argv=None):
     p.add_argument("runs", nargs="*", help="run folders (default: the newest)")
     p.add_argument("--preset", choices=["tiny", "paper"], help="for crosscoders without a run: "
                    "whose models and texts, and the layer unless the crosscoder names its own")
-    p.add_argument("--template", choices=["chat", "paper"], default="chat", help="of prompts: chat "
-                   "template with the question, or as published the system text alone")
-    p.add_argument("--rows", type=int, help="test rows of each kind (default: all)")
-    p.add_argument("--max-new", type=int, help="tokens of an answer (64; preset paper: 512)")
-    p.add_argument("--score", metavar="FILE", help="only score a .jsonl of your own answers")
+    p.add_argument("--template", choices=["chat", "paper"], default="chat", help="prompts: "
+                   "chat template with the question (default); as published the system text alone")
+    p.add_argument("--rows", type=int, help="test rows of each kind, which is a row's \"kind\" or "
+                   "whether it needs a tool (default: all)")
+    p.add_argument("--max-new", type=int, help="tokens an answer may have (64; preset paper: 512)")
+    p.add_argument("--score", metavar="FILE", help="score your own answers, nothing else: a .jsonl "
+                   "of rows {output: the right answer, prediction: yours}")
     args = p.parse_args(argv)
     if args.score is not None:
         return score_file(args.score)

@@ -9,15 +9,15 @@ begins (on test rows):
     down     alpha = 0 takes the latents S away
     up       alpha > 1 exaggerates them: the smallest that on dev rows is as good as the best
     into B   c W_dec[l, A] scale_A added to B, c the latent's mean or maximum on dev prompts
-    as in A  c f_nl W_dec[l, A] scale_A added to either: as strong as A has it on each prompt
+    as in A  c f_nl W_dec[l, A] scale_A added to B: in proportion to A's activation on each prompt
 
 An effect alone shows little: many directions of that length move a hesitating model. So each stands
 beside directions of the same length, prompt by prompt: 10 random ones, every other live latent of
 the same partition (of more than 60, those that separate best), and two that need no dictionary, the
-differences of means A - B (on prompts that need a tool) and needs - none (of A). "As in A" stands
-beside these two as they are used without a dictionary: one vector for all prompts, at the strength
-that is best for it. The verdict is computed from exact calls alone; beside it stand the false
-calls, tool calls on prompts that need none, for a push that calls always passes too:
+differences of means A - B (on prompts that need a tool) and needs - none (of A). The last two are
+also added to B as they are used without a dictionary, one vector for all prompts. The verdict is
+computed from exact calls alone. Beside it stand the false calls, tool calls on prompts that need
+none, because a push that makes the model call on every prompt passes as well:
 
     no                    the effect's 95 % interval reaches 0 or the strongest random direction
     beyond random         it lies beyond both
@@ -122,9 +122,9 @@ def taken_away(cc, latents, along_D=None):
         return h_RTD - wrote_RTD.to(h_RTD)
     return edit
 
-def random_units(n, like_D, seed=0):
-    """(n, D) random directions of length 1."""
-    g = torch.Generator().manual_seed(seed)
+def random_units(n, like_D):
+    """(n, D) random directions of length 1, always the same."""
+    g = torch.Generator().manual_seed(0)
     return F.normalize(torch.randn(n, len(like_D), generator=g), dim=1).to(like_D)
 
 # ---- 3. The scene: a run, its models, prompts with their latents ---------------------------------
@@ -179,6 +179,8 @@ def judge(effect, controls, hoped):
     """The verdict on an effect {pp, lo, hi} beside {name: [{pp, ...}]}; hoped -1: calls should
     fall, +1: rise. Not corrected for the number of claims."""
     least = min(hoped * effect["lo"], hoped * effect["hi"])
+    if not controls:
+        return "a control itself"
     beyond = {name: least > max([0, *(hoped * c["pp"] for c in some)])
               for name, some in controls.items()}
     every = all(beyond.values()) and len(beyond) > 1  # at every token only random ones are tried
@@ -226,18 +228,19 @@ def best_strength(r, p, m, unit_ND, strengths):
     enough = max(gain) - 100 * np.std(exact) / len(exact) ** .5  # of its exact calls
     return min(c for c, g in zip(strengths, gain) if g >= enough)
 
-def as_in_a(r, dev, p, m, latents, units):
-    """The claim a dictionary has to win: the latents, as strong as they are active in A on each
-    prompt (in B a copy of what A has decided), against the differences of means as they are used
-    without one, a constant vector. Each has the strength that is best for it on dev."""
-    ways = [lambda q: delta(r.cc, q.f_NL, latents, 2)]
-    ways += [lambda q, v_D=v_D: v_D.expand(len(q.rows), -1) for v_D in r.mean.values()]
-    strengths = [best_strength(r, dev, m, way(dev), [.25, .5, 1, 2, 4, 8]) for way in ways]
-    own_ND, *constants = [c * way(p) for c, way in zip(strengths, ways)]
-    controls = as_long(own_ND, {"random": units["random"]}) | {
-        name: v_ND[None] for name, v_ND in zip(r.mean, constants)}
-    return claim(r, p, m, "as in A", f"as active in A, x {strengths[0]:g}, added to {m}",
-                 own_ND, controls)
+def as_in_a(r, dev, p, latents, units):
+    """Rows of what B does when the latents are added in proportion to their activation in A on each
+    prompt, a copy of what A has decided; and when a difference of means is added as it is used
+    without a dictionary, the same to every prompt. Each has the strength that is best on dev."""
+    ways, rows = {"its activation in A": lambda q: delta(r.cc, q.f_NL, latents, 2)}, []
+    for name, v_D in r.mean.items():
+        ways[f"constant {name}"] = lambda q, v_D=v_D: v_D.expand(len(q.rows), -1)
+    for name, way in ways.items():
+        c = best_strength(r, dev, "B", way(dev), [.25, .5, 1, 2, 4, 8])
+        v_ND, kind = c * way(p), "constant" if rows else "as in A"
+        rows.append(claim(r, p, "B", kind, f"{name} x {c:g} added to B", v_ND,
+                          as_long(v_ND, {} if rows else units)))
+    return rows
 
 @torch.no_grad()
 def on_plain_text(r, latents, units, n=60):
@@ -268,7 +271,7 @@ def one_latent(r, args, latents):
               for name, c_L in (("mean", f_NL.mean(0)), ("maximum", f_NL.max(0).values))]
     rows = [claim(r, p, m, kind, text, v_ND, as_long(v_ND, units, sign), sign)
             for kind, m, text, v_ND, sign in tests]
-    rows += [as_in_a(r, dev, p, m, latents, units) for m in "AB"]
+    rows += as_in_a(r, dev, p, latents, units)
     needs = sum(p.needs.tolist())
     out = {"latents": latents, "alpha": alpha, "ranking": [
         row for row in r.ranked if row["feature_idx"] in latents],
@@ -298,8 +301,8 @@ def print_result(r, out):
     names = "random", "latents", "A - B", "needs - none"
     print("\n{}, layer {}, latent {}; test rows: {needs} that need a tool, {none} that do not\n"
           .format(r.folder, r.s.layer, " ".join(map(str, out["latents"])), **out["rows"])
-          + f"{'':36s}exact calls, %                 false    changes by controls, pp (false calls, "
-          f"%)\n{'':36s}clean  change, pp, 95 %     calls, %" + "".join(
+          + f"{'':38s}exact calls, %                 false    changes by controls, pp (most false "
+          f"calls)\n{'':38s}clean  change, pp, 95 %     calls, %" + "".join(
               f"{name:>15s}" for name in names) + "   verdict")
     for c in out["claims"]:
         cells = ""
@@ -309,8 +312,9 @@ def print_result(r, out):
             span = "..".join(dict.fromkeys(ends)) + f" ({most:.0f})"
             cells += f"{span if some else '-':>15s}"
         change = "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**c["effect"])
-        print(f"{c['text']:36s}{c['clean']['exact']:5.0f}  {change:20s}{c['false_calls']:10.0f}"
+        print(f"{c['text']:38s}{c['clean']['exact']:5.0f}  {change:20s}{c['false_calls']:10.0f}"
               f"{cells}   {c['verdict']}")
+    print("verdict: does the interval of exact calls lie beyond 0 and random, or every control?")
     for row in out["ranking"]:
         print("dev rows, latent {feature_idx}, {contrast}: d {cohens_d:.2f}, AUROC {auroc:.3f}, "
               "fires on {fire_rate_tool:.2f} / {fire_rate_nontool:.2f}, nu_error {nu_error:.2f}, "
@@ -357,10 +361,12 @@ def main(argv=None):
     p.add_argument("null", nargs="?", help="a run of A against itself, to compare with")
     p.add_argument("--preset", choices=["tiny", "paper"], help="for a crosscoder without a run: "
                    "whose models and texts")
-    p.add_argument("--latents", nargs="+", type=int, help="default: the best one on dev")
+    p.add_argument("--latents", nargs="+", type=int, help="which to change, together (default: the "
+                   "A-exclusive one that separates dev rows best)")
     p.add_argument("--alpha", nargs="+", type=float, default=[0.],
-                   help="strengths for --prompt; 0 takes the latents away")
-    p.add_argument("--rows", type=int, default=40, help="test rows of each kind")
+                   help="strengths for --prompt (0: taken away)")
+    p.add_argument("--rows", type=int, default=40, help="test rows of each kind, which is a row's "
+                   "\"kind\" or whether it needs a tool (40)")
     p.add_argument("--prompt", help="steer A's answer to these words of a user: print the texts, "
                    "and at which tokens the latents fire")
     args = p.parse_args(argv)

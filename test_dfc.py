@@ -670,9 +670,9 @@ def test_controls_are_all_other_live_latents_and_have_each_prompts_length(scene,
         assert torch.equal(seen[-1][:2], torch.stack([0 * delta, delta]))
         assert close(seen[-1][2:], sign * delta.norm(dim=1, keepdim=True) * every)
     monkeypatch.setattr(steer, "best_strength", lambda *args: 3.)
-    steer.as_in_a(r, dev, dev, "B", latents, units)
-    assert close(seen[-1][1], 3 * steer.delta(r.cc, dev.f_NL, latents, 2))  # beside one vector for
-    for v_ND, other in zip(seen[-1][-2:], (b, none)):                       # all prompts
+    steer.as_in_a(r, dev, dev, latents, units)
+    assert close(seen[-3][1], 3 * steer.delta(r.cc, dev.f_NL, latents, 2))
+    for (_, v_ND), other in zip(seen[-2:], (b, none)):  # one vector for all prompts
         assert close(v_ND, 3 * (a - other).expand_as(v_ND))
 
 VERDICTS = """
@@ -716,7 +716,7 @@ def test_a_run_is_evaluated_and_steered_and_keeps_every_answer_total_and_claim(w
     steering = after["steering"]
     assert {claim["verdict"] for claim in steering["claims"]} == {"too few rows"}
     assert " ".join(f"{c['kind']} {len(c['controls'])}" for c in steering["claims"]) == (
-        "down 4 up 4 into B 4 into B 4 as in A 3 as in A 3 down, every token 1")
+        "down 4 up 4 into B 4 into B 4 as in A 4 constant 0 constant 0 down, every token 1")
     assert len(steering["plain_text"]["random"]) == 10 and sum(steering["rows"].values()) == 5
     assert steering["specific"].keys() == {"run", "null"} and 0 < sum(after["l0"].values()) < 8.01
     assert "cohens_d,auroc,fire_rate_tool,fire_rate_nontool" in (run / "ranking.csv").read_text()
