@@ -18,7 +18,7 @@ Shapes, named by suffix (x_BMD): B vectors in a batch, N in all, M = 2 models (0
 D residual width, L latents, k active ones, T tokens, E = M D (a pair laid end to end).
 
     python dfc.py                          # the embedded pair: half a minute on 2 CPU cores
-    python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: two minutes
+    python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: a minute
     python dfc.py --excl 0                 # the plain crosscoder
     python dfc.py --recipe paper           # trained the published way, for comparison
     python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)

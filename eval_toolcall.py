@@ -4,7 +4,7 @@ A and its base B answer the test rows: clean, then with their residual vector at
 token replaced by the crosscoder's reconstruction (paper section 4, sufficiency), by its parts, and
 by what the reconstruction has to beat.
 
-    python eval_toolcall.py                          # the newest run of dfc.py: half a minute
+    python eval_toolcall.py                          # the newest run of dfc.py: a minute
     python eval_toolcall.py runs/a runs/b            # several
     python eval_toolcall.py antebe1/dfc-D8k-excl10-k45 --preset paper      # a published crosscoder
     python eval_toolcall.py --score answers.jsonl    # your own rows {output, prediction}: seconds

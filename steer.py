@@ -12,10 +12,10 @@ begins (on test rows):
     as in A  c f_nl W_dec[l, A] scale_A added to B: in proportion to A's activation on each prompt
 
 An effect alone shows little: many directions of that length move a hesitating model. So each stands
-beside directions of the same length, prompt by prompt: 10 random ones, every other live latent of
-the same partition (of more than 60, those that separate best), and two that need no dictionary, the
-differences of means A - B (on prompts that need a tool) and needs - none (of A). The last two are
-also added to B as they are used without a dictionary, one vector for all prompts. The verdict is
+beside directions of the same length, prompt by prompt: 10 random ones and every other live latent
+of the same partition (of more than 60, those that separate best). Two more need no dictionary, the
+differences of means A - B (on prompts that need a tool) and needs - none (of A). These two are also
+added to B as they are used without a dictionary, one vector for all prompts. The verdict is
 computed from exact calls alone. Beside it stand the false calls, tool calls on prompts that need
 none, because a push that makes the model call on every prompt passes as well:
 
@@ -23,7 +23,7 @@ none, because a push that makes the model call on every prompt passes as well:
     beyond random         it lies beyond both
     beyond every control  it lies beyond every other latent and both differences of means as well
 
-    python steer.py                          # the newest run of dfc.py: six minutes
+    python steer.py                          # the newest run of dfc.py: four minutes
     python steer.py runs/a runs/null         # beside the null: a run of A against itself
     python steer.py --prompt "Wake me up at 7:15."     # your own words: seconds
 

@@ -3,7 +3,7 @@
     python extras/bench.py            # training: a whole run, and steps: six minutes on 2 CPU cores
     python extras/bench.py collect    # activations: half a minute
     python extras/bench.py generate   # patched answers, the unit of every grid: a minute
-    python extras/bench.py real       # Qwen2.5-3B's shape, random weights, through everything: two
+    python extras/bench.py real       # Qwen2.5-3B's shape, random weights, every stage: a minute
 
 "published" is the published way, written again. Training: fp32, dense products over all latents, a
 second forward pass for statistics, .item() in every step. Collection: batches of 8 texts in their

@@ -6,13 +6,13 @@ separated on dev first) are scaled by alpha at A's last prompt token, for every 
     delta_n = sum_{l in S} (alpha - 1) f_nl W_dec[l, A]
 
 The best of a hundred cells is high by luck alone on the rows that made it the best. So a cell is
-chosen on dev rows and reported on test rows, and it is chosen twice: by exact calls, as published,
-and by exact calls less false calls: a strength that answers every prompt with a call may be the
-best by the first count and is worth nothing by the second.
+chosen on dev rows and reported on test rows. It is chosen twice: by exact calls, as published, and
+by exact calls less false calls. A strength that answers every prompt with a call may be the best
+by the first count; by the second it is worth nothing.
 
     python extras/grid.py                           # the newest run: three minutes on 2 CPU cores
-    python extras/grid.py runs/dfc runs/plain       # and a plain crosscoder
-    python extras/grid.py runs/layer*               # and the best cell of each layer, together
+    python extras/grid.py runs/tiny runs/tiny-excl0.0       # and a plain crosscoder
+    python extras/grid.py runs/tiny runs/tiny-layer*        # the best cell of each layer, together
 
 Cells go into the run's grid.jsonl: a killed grid, or one with more --sizes or --alpha, goes on from
 there. They count for the same weights, models and rows only.

@@ -1,8 +1,8 @@
 """A planted ground truth: does the crosscoder find concepts that only one model has?
 
-Two "models" are linear readouts of the same sparse concepts: each text activates a few of n
-concepts, and model m's vector is the sum of the active concepts' directions in m. Some concepts
-have a direction in A only, some in B only, the rest in both (the toy world of arXiv 2602.11729):
+Two "models" are linear readouts of the same sparse concepts (the toy world of arXiv 2602.11729).
+Each text activates a few of C concepts, and model m's vector is the sum of their directions in m.
+Some concepts have a direction in A only, some in B only, the rest in both:
 
     x_m = sum_c  s_c  d_{c,m} + noise      s_c > 0 on active concepts;  d_{c,m} = 0 where m lacks c
 
@@ -10,15 +10,15 @@ The directions of shared concepts are the same in both models up to a small turn
 
     python extras/toy.py            # 4 crosscoders, 3 seeds each: half a minute on 2 CPU cores
 
-A concept is recovered when some latent's decoder row has cosine > 0.8 with it. Printed, as mean and
-range over seeds: recall of A-only and B-only concepts among the live latents that are exclusive to
-their model (have 95 % of their norm in it, which makes sense of a plain crosscoder too), and false
-positives, the share of these that stand for no concept of their model alone.
+A latent counts as exclusive to a model that holds 95 % of its norm, which makes sense of a plain
+crosscoder too. A concept is recovered when the decoder row of one of these, a live one, has cosine
+> 0.8 with it. Printed, as mean and range over seeds: the recall of A-only and B-only concepts, and
+false positives, the share of exclusive latents that stand for no concept of their model alone.
 
 Measured (recall of A-only / B-only concepts, mean over 3 seeds): tied .83 / .88, untied 1.00 / .21,
 published recipe .79 / .38, plain 1.00 / 1.00. So where concepts are independent and every one has a
-latent to itself, the plain crosscoder needs no partition; a partition of the right size misplaces a
-few, and the draw decides which: untied and over eight seeds, B-only lies anywhere between 0 and 1.
+latent to itself, the plain crosscoder needs no partition. A partition of the right size misplaces a
+few, and the draw decides which: untied, over eight seeds, B-only lies anywhere between 0 and 1.
 
 Shapes as in dfc.py, and C concepts.
 """
