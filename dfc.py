@@ -186,33 +186,38 @@ def fve(x_BMD, xhat_BMD):
     return 1 - error / (x_BMD - x_BMD.double().mean(0)).pow(2).sum((0, 2)).clamp(min=1e-30)
 
 # ---- 3. Activations ------------------------------------------------------------------------------
-def named(get, name, *args, **how):
-    """get(name, ...), whose failure, one of a dozen types, becomes a ValueError with the name."""
+@contextlib.contextmanager
+def named(name):
+    """What fails within, in one of a dozen ways, becomes a ValueError with the name."""
     try:
-        return get(name, *args, **how)
+        yield
     except Exception as e:  # truncated, foreign or missing files, other shapes, no network
-        raise ValueError(f"cannot load {name}: {e}") from e
+        raise ValueError(f"cannot use {name}: {e}") from e
 
 def load_model(name, device):
-    """(model, frozen, bf16 on CUDA and fp32 elsewhere; its tokenizer) of a folder or a hub name.
-    Raises ValueError."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = named(AutoModelForCausalLM.from_pretrained, name, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False), named(AutoTokenizer.from_pretrained, name)
+    """(model, frozen; its tokenizer) of a folder or a hub name. On CUDA in the precision of its
+    file, for rounding could hide what RL changed; elsewhere fp32. Raises ValueError."""
+    with named(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto" if device == "cuda" else torch.float32)
+        model = model.to(device).eval().requires_grad_(False)
+        return model, AutoTokenizer.from_pretrained(name)
+
+def file_of(name, file):
+    """The path of a folder's file, there or not, or of a hub name's. Raises OSError, ValueError."""
+    return Path(cached_file(name, file) or Path(name, file))
 
 def token_ids(tokenizer, texts):
     """Lists of token ids; no token is added, for a chat template has put in its own."""
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-def blocks(model):
-    """The transformer blocks: the first list with as many entries as there are layers."""
-    n = model.config.get_text_config().num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
-
 @contextlib.contextmanager
 def hooked(model, layer, edit):
-    """Within it block `layer`, counted from 0, puts out edit(h_BTD) for h_BTD (paper section 4)."""
-    handle = blocks(model)[layer].register_forward_hook(lambda _, __, h_BTD: edit(h_BTD))
+    """Within it block `layer`, counted from 0, puts out edit(h_BTD) for h_BTD (paper section 4).
+    The blocks are the first list with as many entries as there are layers."""
+    n = model.config.get_text_config().num_hidden_layers
+    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n)
+    handle = blocks[layer].register_forward_hook(lambda _, __, h_BTD: edit(h_BTD))
     try:
         yield
     finally:
@@ -265,16 +270,19 @@ def collect_pair(name_a, name_b, texts, layer, cache, device):
     """Both models' vectors for the same token ids (A's tokenizer) -> x_NMD, fp16 on the CPU. Kept
     in the folder `cache` under a hash of what changes them, so that 48 settings collect once;
     of the models' files (on the hub, links in a folder named by the commit) the time stamps."""
-    folders = [Path(named(cached_file, name, "config.json")).parent for name in (name_a, name_b)]
-    files = [f for folder in folders for f in sorted(folder.iterdir()) if not f.is_symlink()]
-    what = str(folders), [(f.name, f.stat().st_mtime_ns) for f in files], texts, layer, device
+    what = [texts, layer, device]
+    for name in (name_a, name_b):
+        with named(name):
+            folder = file_of(name, "config.json").parent
+            what += [str(folder), *((f.name, f.stat().st_mtime_ns) for f in sorted(folder.iterdir())
+                                    if not f.is_symlink())]
     file = Path(cache) / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npy"
     if not file.exists():
-        (a, tokenizer), (b, other) = load_model(name_a, device), load_model(name_b, device)
-        if tokenizer.get_vocab() != other.get_vocab():
-            raise ValueError(f"{name_a} and {name_b} differ in vocabulary: token ids must agree")
-        x = [collect(model, tokenizer, texts, layer).numpy() for model in (a, b)]
         with whole(file) as part:
+            (a, tokenizer), (b, other) = load_model(name_a, device), load_model(name_b, device)
+            if tokenizer.get_vocab() != other.get_vocab():
+                raise ValueError(f"{name_a} and {name_b} differ in vocabulary: ids must agree")
+            x = [collect(model, tokenizer, texts, layer).numpy() for model in (a, b)]
             np.save(part, np.stack(x, 1))  # raises its own ValueError where widths differ
     return torch.from_numpy(np.load(file))
 
@@ -290,9 +298,9 @@ def whole(path):
 # ---- 4. Texts ------------------------------------------------------------------------------------
 TOOL_ROW, PLAIN_ROW = ("instruction", "input", "output"), ("text",)  # the texts that a row holds
 
-def read_rows(name, fields, limit=None):
-    """Rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name" or
-    "owner/name:config". Raises ValueError naming file and row, OSError."""
+def read_rows(name, fields):
+    """Yields rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name"
+    or "owner/name:config". Raises ValueError naming file and row, OSError."""
     if name.endswith(".jsonl"):
         found = (json.loads(row) for row in Path(name).read_bytes().splitlines() if row.strip())
     else:
@@ -302,18 +310,18 @@ def read_rows(name, fields, limit=None):
             raise ValueError(f"{name} is no .jsonl; for a dataset: pip install datasets") from None
         path, _, config = name.partition(":")
         found = load_dataset(path, config or None, split="train", streaming=True)
-    rows = []
+    done = 0
     try:
-        for row in islice(found, limit):
+        for row in found:
             "".join(row[field] for field in fields).encode()  # half a surrogate pair ends here
-            rows.append(row)
-    except (ValueError, LookupError, TypeError, RecursionError) as e:
-        raise ValueError(f"{name}, row {len(rows) + 1}, needs the texts {fields}: {e}") from e
-    return rows
+            done += 1
+            yield row
+    except Exception as e:  # a dozen types, when it comes over a network
+        raise ValueError(f"{name}, row {done + 1}, needs the texts {fields}: {e}") from e
 
 def split_of(row):
     """train | dev | test: the row's own "split", else by a hash of the row, 80 : 10 : 10."""
-    lot = zlib.crc32(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()) % 10
+    lot = zlib.crc32(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode()) % 10
     split = row.get("split") or {0: "dev", 1: "test"}.get(lot, "train")
     if split in ("train", "dev", "test"):
         return split
@@ -323,7 +331,8 @@ def prompt_of(row, tokenizer):
     """The row up to the assistant's turn, in the tokenizer's chat template (how ToolRL trains)."""
     messages = [{"role": "system", "content": row["instruction"]},
                 {"role": "user", "content": row["input"]}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    with named(f"the chat template of {tokenizer.name_or_path}"):  # it may know no system role
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 def opened(prompt):
     """What the template has already said of the answer: the thought's tag, or nothing."""
@@ -354,17 +363,20 @@ def tool_texts(rows, tokenizer, n, recipe, seed):
     return out
 
 def texts_of(s, tokenizer, split, n, recipe="dfc", seed=0):
-    """n tool texts, then n plain texts, of a split of the rows that the settings s name."""
-    tools, plain = ([row for row in rows if split_of(row) == split] for rows in (
-        read_rows(s.tool_texts, TOOL_ROW), read_rows(s.plain_texts, PLAIN_ROW, 2 * s.n_texts)))
-    if not tools or not plain:
-        raise ValueError(f"{len(tools)} tool and {len(plain)} plain rows for {split}: too few")
-    pieces = [chunk for row in plain for chunk in chunks(row["text"], tokenizer)]
-    return tool_texts(tools, tokenizer, n, recipe, seed) + pieces[:n]
+    """At most n tool texts, then at most n plain texts, of a split of the rows that the settings s
+    name. Raises ValueError where there are none."""
+    tools, plain = ((row for row in read_rows(name, fields) if split_of(row) == split)
+                    for name, fields in ((s.tool_texts, TOOL_ROW), (s.plain_texts, PLAIN_ROW)))
+    pieces = list(islice((c for row in plain for c in chunks(row["text"], tokenizer)), n))
+    texts = tool_texts(list(tools), tokenizer, n, recipe, seed)
+    if not texts or not pieces:
+        raise ValueError(f"{len(texts)} tool and {len(pieces)} plain texts for {split}: too few")
+    return texts + pieces
 
 # ---- 5. Train, save, load ------------------------------------------------------------------------
 def batches(n, batch, seed):
-    """Indices of one batch after another: every vector once an epoch, in a new order each time."""
+    """Indices of one batch after another, every vector at most once an epoch, each epoch in a new
+    order; the last vectors of it, too few for a batch, are left out."""
     rng, batch = torch.Generator(), min(batch, n)
     for epoch in count():
         order = torch.randperm(n, generator=rng.manual_seed(seed * 1_000_003 + epoch))
@@ -425,19 +437,18 @@ def save(cc, folder, **more):
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 def load(name, device="cpu"):
-    """A crosscoder from a run folder or the hub; the authors' too (model.pt, read without executing
-    anything; their mean and scale are lost). Raises ValueError."""
-    return named(read_crosscoder, name).to(device)
-
-def read_crosscoder(name):
-    c = json.loads(Path(cached_file(name, "config.json")).read_text())
-    cc = Crosscoder(c["activation_dim"], c["dict_size"], c["k"], c["n_a"], c["n_b"], c.get("tied"))
-    state = load_file(cached_file(name, "model.safetensors")) if "tied" in c else torch.load(
-        cached_file(name, "model.pt"), map_location="cpu", weights_only=True)
-    state = {key: t.float() for key, t in state.items() if not key.endswith("mask")}
-    cc.load_state_dict(dict(cc.named_buffers()) | state)
-    cc.confine(cc.W_enc, cc.W_dec)
-    return cc
+    """A crosscoder, frozen, from a run folder or the hub; the authors' too (model.pt, read without
+    executing anything; their mean and scale are lost: 0 and 1). Raises ValueError."""
+    with named(name):
+        c = json.loads(file_of(name, "config.json").read_text())
+        cc = Crosscoder(c["activation_dim"], c["dict_size"], c["k"], c["n_a"], c["n_b"],
+                        c.get("tied"))
+        state = load_file(file_of(name, "model.safetensors")) if "tied" in c else torch.load(
+            file_of(name, "model.pt"), map_location="cpu", weights_only=True)
+        state = {key: t.float() for key, t in state.items() if not key.endswith("mask")}
+        cc.load_state_dict(dict(cc.named_buffers()) | state)
+        cc.confine(cc.W_enc, cc.W_dec)
+        return cc.to(device).requires_grad_(False)
 
 # ---- 6. The program ------------------------------------------------------------------------------
 TINY = f"{Path(__file__).resolve().parent}/tiny"
@@ -474,8 +485,8 @@ def parse_args(argv):
         how = {"action": argparse.BooleanOptionalAction} if ours is True else {"type": type(ours)}
         p.add_argument(f"--{name.replace('_', '-')}", help=f"{text} ({ours}; {paper})", **how)
     s = p.parse_args(argv)
-    asked = {name: value for name, value in vars(s).items() if value not in (None, "tiny", "dfc")}
-    s.out = s.out or Path("runs", s.preset + "".join(
+    asked = {name: vars(s)[name] for name in SETTINGS | RECIPE if vars(s)[name] is not None}
+    s.out = s.out or Path("runs", s.preset + "-recipepaper" * (s.recipe == "paper") + "".join(
         f"-{name}{Path(str(value)).name}" for name, value in asked.items()))
     for table, paper in ((SETTINGS, s.preset == "paper"), (RECIPE, s.recipe == "paper")):
         vars(s).update({name: values[paper] for name, values in table.items()} | asked)
@@ -490,7 +501,9 @@ def parse_args(argv):
 
 def run(s, device):
     """Collect, train, measure, save. The folder gets its name when all is in it."""
-    began, tokenizer = time.time(), named(AutoTokenizer.from_pretrained, s.model_a)
+    began = time.time()
+    with named(s.model_a):
+        tokenizer = AutoTokenizer.from_pretrained(s.model_a)
     x_NMD, dev_NMD = (collect_pair(s.model_a, s.model_b, texts_of(s, tokenizer, *which), s.layer,
                                    s.out.parent / "cache", device).to(device) for which in (
         ("train", s.n_texts, s.recipe, s.seed), ("dev", 300)))  # dev: the same for all settings
@@ -513,9 +526,9 @@ def run(s, device):
              "seconds": {"collect": collected - began, "train": time.time() - collected},
              "loss": loss, "config": vars(s), "device": device,
              "versions": {p.__name__: p.__version__ for p in (torch, np, transformers)}}
-    with whole(s.out) as part:
-        save(cc, part, layer=s.layer)
-        (part / "metrics.json").write_text(json.dumps(m, indent=1, default=str))
+    with whole(s.out) as folder:
+        save(cc, folder, layer=s.layer)
+        (folder / "metrics.json").write_text(json.dumps(m, indent=1, default=str))
 
 def read_metrics(folder):
     """metrics.json of a finished run. Raises ValueError where there is none of ours."""

@@ -48,10 +48,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import DynamicCache
-from transformers.utils import cached_file
 
-from dfc import (TOOL_ROW, alike, cli, collect, hooked, load, load_model, opened,
-                 parse_args, prompt_of, read_metrics, read_rows, split_of, token_ids, whole)
+from dfc import (TOOL_ROW, alike, cli, collect, file_of, hooked, load, load_model, named,
+                 opened, parse_args, prompt_of, read_metrics, read_rows, split_of, texts_of,
+                 token_ids, whole)
 
 # ---- 1. Parse and score --------------------------------------------------------------------------
 def parse_calls(text):
@@ -132,7 +132,7 @@ def tool_names(text):
 
 def score(output, row):
     """All scores of one answer to a tool row; pure."""
-    gold, tools = row["output"], [t.lower() for t in tool_names(row.get("instruction", ""))]
+    gold, tools = row["output"], [t.lower() for t in tool_names(row.get("instruction") or "")]
     output = output.split("<|im_start|>assistant")[-1].split("<|im_end|>")[0]
     (calls, tidy), (wanted, _) = parse_calls(output), parse_calls(gold)
     names = Counter(n for n, _ in calls) == Counter(n for n, _ in wanted)
@@ -155,7 +155,7 @@ def wilson(hits, n, z=1.96):
 
 def paired(after, before, unit=100, times=2000, seed=0):
     """{pp, lo, hi}: mean difference of two scores of the same rows, times unit (100: percentage
-    points), with a 95 % percentile bootstrap interval over rows."""
+    points), with a 95 % bootstrap interval over rows, of no width where all change alike."""
     difference = unit * (np.asarray(after, float) - np.asarray(before, float))
     draws = np.random.default_rng(seed).integers(len(difference), size=(times, len(difference)))
     low, high = np.percentile(difference[draws].mean(1), [2.5, 97.5])
@@ -177,7 +177,7 @@ def chance(rows, seed=0):
     def call(name):
         line = json.dumps({"name": name, "parameters": {}})
         return f"<think> . </think>\n<tool_call>\n{line}\n</tool_call>"
-    rows = [r for r in rows if tool_names(r.get("instruction", ""))]
+    rows = [r for r in rows if tool_names(r.get("instruction") or "")]
     tools, rng = [tool_names(r["instruction"]) for r in rows], random.Random(seed)
     lines = {"first tool with {}": [call(t[0]) for t in tools],
              "random tool with {}": [call(rng.choice(t)) for t in tools],
@@ -199,7 +199,7 @@ def print_totals(lines):
 
 def score_file(name):
     """The job of --score: rows {output, prediction[, instruction]} of a .jsonl file."""
-    every = read_rows(name, ("output", "prediction"))
+    every = list(read_rows(name, ("output", "prediction")))
     rows = [row for row in every if parse_calls(row["output"])[1]]
     if not rows:
         raise ValueError(f"{name} holds no row whose gold can be read")
@@ -215,7 +215,7 @@ def headline(name, total):
 # ---- 3. Generate: greedy, batched, patched -------------------------------------------------------
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=None, everywhere=None,
-             at_once=32_768):
+             at_once=40_000):
     """Greedy answers, each prompt V times -> [V][N] texts.
 
     In version v the output h of block `layer` at prompt n's last token becomes keep_V[v] h +
@@ -224,7 +224,7 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=Non
     versions. everywhere: an edit (R, T, D) -> same at every token of prompt and answer instead.
     at_once bounds the tokens in flight."""
     ids, known = token_ids(tokenizer, prompts), tokenizer.get_vocab()
-    stops = {tokenizer.eos_token, "<|im_end|>", "<|endoftext|>", "<|eot_id|>"}
+    stops = {tokenizer.eos_token, "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>"}
     ends = sorted(known[t] for t in stops & known.keys())  # a base's own file lacks the turn's end
     out, device = [[None] * len(prompts) for _ in keep_V], model.device
     keep_V = torch.tensor(keep_V, dtype=model.dtype, device=device)
@@ -238,7 +238,8 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=Non
             model.base_model(input_ids=ids_RT[:, :-1], attention_mask=mask_RT[:, :-1].long(),
                              position_ids=(mask_RT.cumsum(1) - 1).clamp(min=0)[:, :-1],
                              past_key_values=cache)
-        for some in torch.arange(len(keep_V)).split(max(1, at_once // ids_RT.numel())):
+        at_a_time = max(1, at_once // (len(rows) * (width + max_new)))
+        for some in torch.arange(len(keep_V)).split(at_a_time):
             edit = everywhere or once(keep_V[some].repeat(len(rows))[:, None], None if v_VND is None
                                       else v_VND[some][:, rows].transpose(0, 1).flatten(0, 1))
             own = copy.deepcopy(cache)
@@ -247,7 +248,8 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=Non
                 said = model.generate(
                     input_ids=ids_RT.repeat_interleave(len(some), 0), past_key_values=own,
                     attention_mask=mask_RT.repeat_interleave(len(some), 0).long(),
-                    max_new_tokens=max_new, do_sample=False, num_beams=1, repetition_penalty=1.,
+                    max_new_tokens=max_new, do_sample=False, num_beams=1, use_cache=True,
+                    repetition_penalty=1.,
                     eos_token_id=ends, pad_token_id=ends[0])[:, width:].tolist()
             for r, answer in enumerate(said):
                 end = next((i for i, token in enumerate(answer) if token in ends), None)
@@ -275,7 +277,7 @@ def reconstructions(cc, x_NMD, raw=False):
     reconstruction, its parts (one partition's latents; none of them, "mean only"), the activation
     with noise as long as the reconstruction's error. Into B also the reconstruction with A's vector
     replaced by its mean or another prompt's: B's latents were encoded from A's state too, so what
-    changes then came in from A. raw: as published, without mean and scale (departure [1])."""
+    changes then came in from A. raw: as published, without mean and scale ([1] in dfc.py)."""
     x_NMD = x_NMD.float()
     xhat_NMD, f_NL = cc(x_NMD)
     both = {"own activation": x_NMD, "reconstruction": xhat_NMD}
@@ -300,19 +302,18 @@ def reconstructions(cc, x_NMD, raw=False):
 
 # ---- 5. The program ------------------------------------------------------------------------------
 def open_run(name, preset=None, get=load_model):
-    """A run with its models: settings s, crosscoder cc, models {"A", "B"}, tokenizer, folder of
-    results, max_new tokens an answer. name: a folder of dfc.py, None for the newest; with a preset,
-    a crosscoder alone, which is asked for its layer. get: load_model, or one that remembers.
-    Raises ValueError."""
+    """A run: settings s, crosscoder cc, models {"A", "B"}, tokenizer, folder of results, max_new
+    tokens an answer. name: a folder of dfc.py, None for the newest; with a preset, a crosscoder
+    alone, which tells its layer. get: load_model, or one that remembers. Raises ValueError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     done = sorted(Path("runs").glob("*/model.safetensors"), key=lambda f: f.stat().st_ctime)
     if not name and (preset or not done):
-        raise ValueError("no finished run in runs/: make one with python dfc.py, or name one")
+        raise ValueError("no finished run is named, nor in runs/: make one with python dfc.py")
     folder = Path(name) if name else done[-1].parent
     if preset:
         folder, own = Path("runs", f"{preset}-{name.replace('/', '--')}"), {}
         for file in ("config.json", "hparams.json"):  # the authors keep the layer apart
-            own |= {} if "layer" in own else json.loads(Path(cached_file(name, file)).read_text())
+            own |= {} if "layer" in own else json.loads(file_of(name, file).read_text())
         config = vars(parse_args(["--preset", preset, "--recipe", "paper"]))
         config |= {"layer": own.get("layer", config["layer"]), "out": str(folder),
                    "crosscoder": name}
@@ -321,32 +322,36 @@ def open_run(name, preset=None, get=load_model):
     s = argparse.Namespace(**config)
     cc, (a, tokenizer), (b, _) = load(s.crosscoder, device), *(
         get(model, device) for model in (s.model_a, s.model_b))
-    if a.config.hidden_size != cc.b_dec.shape[1]:
-        raise ValueError(f"{folder} is {cc.b_dec.shape[1]} wide, {s.model_a} "
-                         f"{a.config.hidden_size}")
+    models = {"A": a, "B": b}
+    if not cc.mean.any():
+        print(f"{s.crosscoder} comes without mean and scale: fitted again, on 600 training texts")
+        texts = texts_of(s, tokenizer, "train", 300, "paper")
+        with named(s.crosscoder):  # its vectors may be wider than the models'
+            cc.fit_scale(pair_at(models, tokenizer, texts, s.layer))
     if not (folder / "metrics.json").exists():  # a crosscoder's first use: results go there
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps({"config": config}))
-    return argparse.Namespace(s=s, cc=cc, models={"A": a, "B": b}, tokenizer=tokenizer,
-                              folder=folder, max_new=64 if s.preset == "tiny" else 512)
+    return argparse.Namespace(s=s, cc=cc, models=models, tokenizer=tokenizer, folder=folder,
+                              max_new=64 if s.preset == "tiny" else 512)
 
-def rows_of(s, tokenizer, model, split, most=None, max_new=64, template="chat"):
-    """(rows, prompts) of a split, at most `most` of each kind; a prompt that with its answer would
-    not fit the model's positions, or a row whose gold is no call that can be read, is left out and
-    counted. template "paper": the system text alone, as published, without the question."""
+def rows_of(r, split, most=None, template="chat"):
+    """(rows, prompts) of a split of run r, at most `most` of each kind; a prompt that with its
+    answer would not fit the model's positions (or 4,096), or a row whose gold is no call that can
+    be read, is left out and counted. template "paper": the system text alone, as published."""
     seen, kept, out = Counter(), [], 0
-    for row in read_rows(s.tool_texts, TOOL_ROW):
+    most_tokens = r.models["A"].config.get_text_config().max_position_embeddings
+    for row in read_rows(r.s.tool_texts, TOOL_ROW):
         kind = row.get("kind", needs_tool(row))
         if split_of(row) == split and (most is None or seen[kind] < most):
-            prompt = row["instruction"] if template == "paper" else prompt_of(row, tokenizer)
-            room = model.config.get_text_config().max_position_embeddings - max_new
-            fits = len(token_ids(tokenizer, prompt)) <= room and parse_calls(row["output"])[1]
+            prompt = row["instruction"] if template == "paper" else prompt_of(row, r.tokenizer)
+            length = len(token_ids(r.tokenizer, prompt)) + r.max_new
+            fits = length <= min(4096, most_tokens) and parse_calls(row["output"])[1]
             kept += [(row, prompt)] * fits
             seen[kind], out = seen[kind] + fits, out + (not fits)
     if out:
         print(f"{out} {split} rows left out: longer than the model's positions, or gold unreadable")
     if not any(needs_tool(row) for row, _ in kept):
-        raise ValueError(f"no {split} row of {s.tool_texts} that can be used needs a tool")
+        raise ValueError(f"no {split} row of {r.s.tool_texts} that can be used needs a tool")
     return tuple(map(list, zip(*kept)))
 
 def pair_at(models, tokenizer, prompts, layer):
@@ -375,14 +380,13 @@ def keep(folder, key, value, lines, file):
 
 def evaluate(r, args):
     """Answer, score, save and print one run's versions."""
-    began, layer, max_new = time.time(), r.s.layer, args.max_new or r.max_new
-    rows, prompts = rows_of(r.s, r.tokenizer, r.models["A"], "test", args.rows, max_new,
-                            args.template)
+    began, layer = time.time(), r.s.layer
+    rows, prompts = rows_of(r, "test", args.rows, args.template)
     x_NMD, texts, result = pair_at(r.models, r.tokenizer, prompts, layer), {}, {}
     chances = chance(rows)
     for m, versions in reconstructions(r.cc, x_NMD, r.s.recipe == "paper").items():
         v_VND = torch.stack([torch.zeros_like(x_NMD[:, 0]), *versions.values()])
-        said = generate(r.models[m], r.tokenizer, prompts, max_new, layer,
+        said = generate(r.models[m], r.tokenizer, prompts, r.max_new, layer,
                         [1] + [0] * len(versions), v_VND)
         texts[m] = dict(zip(["clean", *versions], said))
         result[m] = compare(texts[m], rows)
@@ -405,7 +409,6 @@ def main(argv=None):
                    "chat template with the question (default); as published the system text alone")
     p.add_argument("--rows", type=int, help="test rows of each kind, which is a row's \"kind\" or "
                    "whether it needs a tool (default: all)")
-    p.add_argument("--max-new", type=int, help="tokens an answer may have (64; preset paper: 512)")
     p.add_argument("--score", metavar="FILE", help="score your own answers, nothing else: a .jsonl "
                    "of rows {output: the right answer, prediction: yours}")
     args = p.parse_args(argv)

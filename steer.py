@@ -128,11 +128,12 @@ def random_units(n, like_D):
     return F.normalize(torch.randn(n, len(like_D), generator=g), dim=1).to(like_D)
 
 # ---- 3. The scene: a run, its models, prompts with their latents ---------------------------------
-def stage(name, preset, max_new=None):
+def stage(name, preset):
     """A run with what steering it needs. Raises ValueError."""
     r = open_run(name, preset)
-    r.max_new = max_new or r.max_new
     r.dev = place(r, "dev")
+    if not 1 < sum(r.dev.needs) < len(r.dev.needs) - 1:
+        raise ValueError("among dev rows two must need a tool and two must not")
     x_NMD = pair_at(r.models, r.tokenizer, texts_of(r.s, r.tokenizer, "dev", 300), r.s.layer)
     x = {"needs": r.dev.x_NMD[r.dev.needs], "none": r.dev.x_NMD[~r.dev.needs],
          "tool": x_NMD[:300], "plain": x_NMD[300:]}
@@ -144,7 +145,7 @@ def stage(name, preset, max_new=None):
 
 def place(r, split, most=None):
     """Prompts of a split, at most `most` of each kind, with their vectors and latents."""
-    rows, prompts = rows_of(r.s, r.tokenizer, r.models["A"], split, most, r.max_new)
+    rows, prompts = rows_of(r, split, most)
     x_NMD = pair_at(r.models, r.tokenizer, prompts, r.s.layer)
     return argparse.Namespace(rows=rows, prompts=prompts, x_NMD=x_NMD, f_NL=r.cc.encode(x_NMD),
                               needs=torch.tensor([needs_tool(row) for row in rows]))
@@ -209,7 +210,7 @@ def verdict(kind, text, clean, own, others, sign):
             "controls": controls, "texts": own[2], "verdict": judge(effect, controls, sign) if
             len(own[0]) >= 20 else "too few rows"}  # a bootstrap of a few says nothing
 
-def everywhere(r, p, latents, units):
+def at_every_token(r, p, latents, units):
     """The claim "down" at every token of prompt and answer, beside random directions."""
     still = torch.zeros(1, *p.x_NMD[:, 0].shape)
     clean, = outcomes(r, p, "A", still)
@@ -244,8 +245,8 @@ def as_in_a(r, dev, p, latents, units):
 
 @torch.no_grad()
 def on_plain_text(r, latents, units, n=60):
-    """Change of A's cross-entropy, nats per token of n plain test texts, when the latents are taken
-    away at every token, beside 10 random directions of that length."""
+    """Change of A's cross-entropy, mean over n plain test texts of nats per token, when the latents
+    are taken away at every token, beside 10 random directions of that length."""
     ids = [torch.tensor([i], device=r.cc.mean.device) for i in token_ids(
         r.tokenizer, texts_of(r.s, r.tokenizer, "test", n)[n:])]
 
@@ -261,6 +262,11 @@ def one_latent(r, args, latents):
     """The table of a latent, or a set of them, on test rows -> what metrics.json keeps."""
     dev, p = place(r, "dev", 30), place(r, "test", args.rows)
     units, f_NL = controls_of(r, latents), r.dev.f_NL[r.dev.needs]
+    needs = sum(p.needs.tolist())
+    out = {"latents": latents, "rows": {"needs": needs, "none": len(p.rows) - needs},
+           "ranking": [row for row in r.ranked if row["feature_idx"] in latents]}
+    if max(latents) < r.cc.n_a:  # what an exclusive latent reads can be told from A alone
+        out["plain_text"] = on_plain_text(r, latents, units)
     alpha = 1 + best_strength(r, dev, "A", delta(r.cc, dev.f_NL, latents, 2),
                               [a - 1 for a in ALPHAS if a > 1])
     tests = [("down", "A", "taken away from A", delta(r.cc, p.f_NL, latents, 0), -1),
@@ -272,17 +278,12 @@ def one_latent(r, args, latents):
     rows = [claim(r, p, m, kind, text, v_ND, as_long(v_ND, units, sign), sign)
             for kind, m, text, v_ND, sign in tests]
     rows += as_in_a(r, dev, p, latents, units)
-    needs = sum(p.needs.tolist())
-    out = {"latents": latents, "alpha": alpha, "ranking": [
-        row for row in r.ranked if row["feature_idx"] in latents],
-        "rows": {"needs": needs, "none": len(p.rows) - needs}}
-    if max(latents) < r.cc.n_a:  # what an exclusive latent reads can be told from A alone
-        rows.append(everywhere(r, p, latents, units))
-        out["plain_text"] = on_plain_text(r, latents, units)
+    if "plain_text" in out:
+        rows.append(at_every_token(r, p, latents, units))
     texts = {c["text"]: c.pop("texts") for c in rows}
     lines = [{"prompt": prompt, "gold": row["output"]} | {what: t[i] for what, t in texts.items()}
              for i, (row, prompt) in enumerate(zip(p.rows, p.prompts))]
-    return out | {"claims": rows}, lines
+    return out | {"alpha": alpha, "claims": rows}, lines
 
 def chosen(r, args):
     """The latents asked for, or the best A-exclusive one on dev (of a plain crosscoder, of all)."""
@@ -327,12 +328,12 @@ def print_result(r, out):
 def own_prompt(r, text):
     """The prompt of a user's words in the test row whose system text has most words in common with
     them: a call can only be right if its tool is listed."""
-    rows, _ = rows_of(r.s, r.tokenizer, r.models["A"], "test", None, r.max_new)
+    rows, _ = rows_of(r, "test")
     words = set(text.lower().split())
     row = max(rows, key=lambda row: len(words & set(row["instruction"].lower().split())))
     print(f"tools: {', '.join(tool_names(row['instruction']))}")
-    said = f"<user> {text} </user>" if row["input"].startswith("<user>") else text  # ToolRL's way
-    return prompt_of(row | {"input": said}, r.tokenizer)
+    head, tag, _ = row["input"].partition("<user>")  # ToolRL's way
+    return prompt_of(row | {"input": f"{head}<user> {text} </user>" if tag else text}, r.tokenizer)
 
 @torch.no_grad()
 def own_words(r, args, latents):
@@ -379,13 +380,13 @@ def main(argv=None):
     print_result(r, out)
     out["specific"] = {name: sum(map(specific, rows)) for name, rows in ranked.items()}
     for name, n in out["specific"].items():
-        print(f"{name}: {n} of {r.cc.n_a} A-exclusive latents pass as tool latents that only A has "
-              "(AUROC >= .9, |nu_error| < .2, |nu_recon| < .5)")
+        print(f"{name}: {n} A-exclusive latents pass as tool latents that only A has (AUROC >= .9, "
+              "|nu_error| < .2, |nu_recon| < .5)")
+    keep(r.folder, "steering", out | {"seconds": time.time() - began}, lines, "steer.jsonl")
     with whole(r.folder / "ranking.csv") as part, open(part, "w", newline="") as f:
         table = csv.DictWriter(f, r.ranked[0])
         table.writeheader()
         table.writerows(r.ranked)
-    keep(r.folder, "steering", out | {"seconds": time.time() - began}, lines, "steer.jsonl")
 
 if __name__ == "__main__":
     sys.exit(cli(main))

@@ -413,8 +413,7 @@ FILE:            dfc.py --out FILE/run
 another seed:    dfc.py --out RUN --seed 5
 no finished run: dfc.py --out MODEL; dfc.py --out FILE; dfc.py --out DAMAGED; dfc.py --out FOREIGN
 no finished run: eval_toolcall.py; eval_toolcall.py DAMAGED; steer.py nothing
-cannot load:     eval_toolcall.py PICKLE --preset tiny
-needs a tool:    eval_toolcall.py RUN --max-new 512
+cannot use:      eval_toolcall.py PICKLE --preset tiny; dfc.py --model-b .
 --alpha:         steer.py RUN --alpha strong
 distinct:        steer.py RUN --latents 1 1; steer.py RUN --latents 999"""
 
@@ -578,15 +577,16 @@ def test_reconstructions_are_what_the_decoder_says():
 
 def test_prompts_that_do_not_fit_are_left_out_and_counted(world, pair, capsys):
     s, (models, tokenizer) = argparse.Namespace(tool_texts=f"{world[0]}/few.jsonl"), pair
+    r = argparse.Namespace(s=s, models=models, tokenizer=tokenizer, max_new=64)
     test = rows_in(s.tool_texts, "test")
     prompts = [dfc.prompt_of(row, tokenizer) for row in test]
-    assert ev.rows_of(s, tokenizer, models["A"], "test") == (test, prompts)
+    assert ev.rows_of(r, "test") == (test, prompts)
     lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    room = models["A"].config.max_position_embeddings - max(lengths) + 1
-    fit, _ = ev.rows_of(s, tokenizer, models["A"], "test", None, room)
+    r.max_new = models["A"].config.max_position_embeddings - max(lengths) + 1
+    fit, _ = ev.rows_of(r, "test")
     assert fit == [row for row, n in zip(test, lengths) if n < max(lengths)]
     assert capsys.readouterr().out.startswith(f"{len(test) - len(fit)} test rows left out")
-    few, bare = ev.rows_of(s, tokenizer, models["A"], "test", 1, template="paper")
+    few, bare = ev.rows_of(r, "test", 1, template="paper")
     assert len({row["kind"] for row in few}) == len(few) and bare[0] == few[0]["instruction"]
 
 # ---- 9. Steering ---------------------------------------------------------------------------------
@@ -633,8 +633,8 @@ def scene(world):
 
 def test_latents_are_ranked_by_two_contrasts_of_dev_texts_in_the_authors_columns(scene):
     r, rows = scene[0], rows_in(scene[0].s.tool_texts, "dev")
-    plain = [piece for row in rows_in(r.s.plain_texts)[:2 * r.s.n_texts] for piece in dfc.chunks(
-        row["text"], r.tokenizer) if dfc.split_of(row) == "dev"]
+    plain = [piece for row in rows_in(r.s.plain_texts) for piece in dfc.chunks(
+        row["text"], r.tokenizer) if dfc.split_of(row) == "dev"][:300]
     needs, none = ([dfc.prompt_of(row, r.tokenizer) for row in rows if ev.needs_tool(row) is yes]
                    for yes in (True, False))
     names = "cohens_d auroc fire_rate_tool fire_rate_nontool"
@@ -746,7 +746,7 @@ def test_a_published_crosscoder_is_evaluated_again_and_again_and_steered(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(dfc.SETTINGS, "tool_texts", (f"{world[0]}/few.jsonl", None, ""))
     published("theirs/dfc-D8k", D=128, n=20, k=16)
-    for program, more in ((ev, ["--max-new", 3]), (ev, ["--rows", 1]), (steer, ["--prompt", "Hi"])):
+    for program, more in ((ev, ["--rows", 2]), (ev, ["--rows", 1]), (steer, ["--prompt", "Hi"])):
         assert call(program, "theirs/dfc-D8k", "--preset", "tiny", *more) == 0
     metrics, = Path("runs").glob("*/metrics.json")
     assert call(ev, metrics.parent, "--rows", 1) == 0  # its results, by their folder

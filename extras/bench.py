@@ -144,8 +144,10 @@ def embedded(n):
     """(settings, {"A", "B"}, tokenizer, 2 n texts, n test prompts) of the embedded pair."""
     s = dfc.parse_args([])
     (a, tokenizer), (b, _) = (dfc.load_model(name, DEVICE) for name in (s.model_a, s.model_b))
-    prompts = ev.rows_of(s, tokenizer, a, "test")[1][:n]
-    return s, {"A": a, "B": b}, tokenizer, dfc.texts_of(s, tokenizer, "train", n), prompts
+    models = {"A": a, "B": b}
+    r = argparse.Namespace(s=s, models=models, tokenizer=tokenizer, max_new=64)
+    prompts = ev.rows_of(r, "test")[1][:n]
+    return s, models, tokenizer, dfc.texts_of(s, tokenizer, "train", n), prompts
 
 def collect():
     s, models, tokenizer, texts, _ = embedded(150)

@@ -12,8 +12,8 @@ control, the next one:
 
 Does it come before the behaviour, or after? When could each claim be made? Is it a distance to a
 threshold: does a model call once it is pushed further from B than some theta, whatever pushes?
-theta is read off the behaviour alone, |A-B| where exact calls pass half of their end; then lengths
-say where to expect each claim, printed beside where it is measured (an interval beyond 0):
+theta is read off the behaviour alone, |A-B| where exact calls pass half of the most they reach. Then
+lengths say where to expect each claim, printed beside where it is measured (interval beyond 0):
 
     down   |A-B| - w < theta < |A-B|        it calls, and would not without the latent
     up     |A-B| < theta < |A-B| + (alpha - 1) w           into B   theta < c
@@ -100,7 +100,8 @@ def main(argv=None):
     p.add_argument("--rows", type=int, default=15, help="test rows of each kind")
     args = p.parse_args(argv)
     r = stage(args.run, None)
-    files = sorted(Path(r.s.model_b).parent.glob("snapshots/step*.safetensors"))
+    files = sorted(Path(r.s.model_b).parent.glob("snapshots/step*.safetensors"),
+                   key=lambda file: int(file.stem.removeprefix("step")))
     latents = [row["feature_idx"] for row in r.ranked
                if (row["partition"], row["contrast"]) == ("A-exclusive", "needs/none")][:2]
     if not files or not latents:

@@ -61,19 +61,19 @@ def fingerprint(r, p):
             found.update(weights.flatten().view(torch.uint8).cpu().numpy())
     return found.hexdigest()[:16]
 
-def read_cells(file, key):
-    """{(alpha, *latents): cell} made under `key` in a grid.jsonl; half a line is no cell."""
+def read_cells(file):
+    """The cells of a grid.jsonl, of whatever key; half a line is no cell."""
     cells = []
     for line in file.read_text().split("\n") if file.exists() else ():
         with contextlib.suppress(ValueError):
             cells.append(json.loads(line))
-    return {(c["alpha"], *c["latents"]): c for c in cells if c["key"] == key}
+    return cells
 
 def answer(r, p, wanted, at_once=8):
     """A's {(alpha, *latents): {exact of rows that need a tool, false_calls of others in %, ...}}.
     What grid.jsonl holds is not done again; what is new is added to it."""
     file, key = r.folder / "grid.jsonl", fingerprint(r, p)
-    done = read_cells(file, key)
+    done = {(c["alpha"], *c["latents"]): c for c in read_cells(file) if c["key"] == key}
     missing = [cell for cell in dict.fromkeys(wanted) if cell not in done]
     for i in tqdm(range(0, len(missing), at_once), "grid", leave=False):
         some = missing[i:i + at_once]
@@ -115,7 +115,7 @@ def grid(r, args):
         some = {name: latents for name, latents in cells.items() if name[:2] == (group, n)}
         on_dev = {a: gain(dev, (group, n, a), some)["pp"] for *_, a in sorted(some)}
         out["groups"].setdefault(group, []).append(best_of(dev, test, some) | {"on_dev": on_dev})
-    return out, [*dev.values(), *test.values()]
+    return out, read_cells(r.folder / "grid.jsonl")
 
 def print_grid(r, out):
     """A line for each |S|: every alpha on dev, the best of them on test."""
@@ -159,10 +159,9 @@ def main(argv=None):
     p.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="the |S|")
     p.add_argument("--alpha", nargs="+", type=float, default=ALPHAS, help="strengths; 1 is clean")
     p.add_argument("--rows", type=int, default=20, help="rows of each kind, on dev and on test")
-    p.add_argument("--max-new", type=int, help="tokens of an answer (64; preset paper: 512)")
     args, grids = p.parse_args(argv), []
     for name in args.runs or [None]:
-        began, r = time.time(), stage(name, args.preset, args.max_new)
+        began, r = time.time(), stage(name, args.preset)
         out, lines = grid(r, args)
         print_grid(r, out)
         grids.append(out | {"seconds": time.time() - began})
