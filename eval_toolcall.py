@@ -238,8 +238,7 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=Non
             model.base_model(input_ids=ids_RT[:, :-1], attention_mask=mask_RT[:, :-1].long(),
                              position_ids=(mask_RT.cumsum(1) - 1).clamp(min=0)[:, :-1],
                              past_key_values=cache)
-        at_a_time = max(1, at_once // (len(rows) * (width + max_new)))
-        for some in torch.arange(len(keep_V)).split(at_a_time):
+        for some in torch.arange(len(keep_V)).split(at_once // len(rows) // (width + max_new) or 1):
             edit = everywhere or once(keep_V[some].repeat(len(rows))[:, None], None if v_VND is None
                                       else v_VND[some][:, rows].transpose(0, 1).flatten(0, 1))
             own = copy.deepcopy(cache)
@@ -248,9 +247,8 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=Non
                 said = model.generate(
                     input_ids=ids_RT.repeat_interleave(len(some), 0), past_key_values=own,
                     attention_mask=mask_RT.repeat_interleave(len(some), 0).long(),
-                    max_new_tokens=max_new, do_sample=False, num_beams=1, use_cache=True,
-                    repetition_penalty=1.,
-                    eos_token_id=ends, pad_token_id=ends[0])[:, width:].tolist()
+                    max_new_tokens=max_new, do_sample=False, num_beams=1, repetition_penalty=1.,
+                    use_cache=True, eos_token_id=ends, pad_token_id=ends[0])[:, width:].tolist()
             for r, answer in enumerate(said):
                 end = next((i for i, token in enumerate(answer) if token in ends), None)
                 n, v = rows[r // len(some)], some[r % len(some)]

@@ -12,8 +12,8 @@ control, the next one:
 
 Does it come before the behaviour, or after? When could each claim be made? Is it a distance to a
 threshold: does a model call once it is pushed further from B than some theta, whatever pushes?
-theta is read off the behaviour alone, |A-B| where exact calls pass half of the most they reach. Then
-lengths say where to expect each claim, printed beside where it is measured (interval beyond 0):
+theta is read off the behaviour alone, |A-B| where exact calls pass half of the most they reach.
+Then lengths say where to expect a claim, printed beside where it is measured (interval beyond 0):
 
     down   |A-B| - w < theta < |A-B|        it calls, and would not without the latent
     up     |A-B| < theta < |A-B| + (alpha - 1) w           into B   theta < c
