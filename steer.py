@@ -326,11 +326,12 @@ def print_result(r, out):
 
 # ---- 5. Your own prompt, and where a latent fires ------------------------------------------------
 def own_prompt(r, text):
-    """The prompt of a user's words in the test row whose system text has most words in common with
-    them: a call can only be right if its tool is listed."""
+    """The prompt of a user's words in the test row that has most words in common with them: a call
+    can only be right if its tool is listed."""
     rows, _ = rows_of(r, "test")
     words = set(text.lower().split())
-    row = max(rows, key=lambda row: len(words & set(row["instruction"].lower().split())))
+    row = max(rows, key=lambda row: len(words & {
+        *(row["instruction"] + row["input"]).lower().split()}))
     print(f"tools: {', '.join(tool_names(row['instruction']))}")
     head, tag, _ = row["input"].partition("<user>")  # ToolRL's way
     return prompt_of(row | {"input": f"{head}<user> {text} </user>" if tag else text}, r.tokenizer)
