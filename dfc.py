@@ -177,7 +177,7 @@ def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
             best = pre_BL[:, dead].relu().topk(min(len(dead), 2 * cc.k), sorted=False)
             guess_BMD, _ = Sparse.apply(z_BMD, best.values, dead[best.indices], cc.W_enc, cc.b_enc,
                                         cc.W_dec)
-            total = total + (residual - guess_BMD)[:, models[name]].pow(2).mean()
+            total += (residual - guess_BMD)[:, models[name]].pow(2).mean()
     return total
 
 def fve(x_BMD, xhat_BMD):
