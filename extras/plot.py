@@ -16,6 +16,7 @@ What cannot be drawn yet is named with its command.
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind 
 CONTROLS = {"random": ("|", "a random direction"), "latents": ("^", "another live latent"),
             "A - B": ("D", "mean A - mean B"), "needs - none": ("s", "mean needs - mean none")}
 DONE = {"down": "taken away from A", "up": "scaled up in A", "into B": "its maximum added to B"}
-CHANGE = "change of exactly right calls, percentage points"
+CHANGE = "change of exact calls, percentage points"
 RANGE = "95 % interval over prompts"
 
 def pyplot():
@@ -85,13 +86,14 @@ def effect(plt, runs):
     fig, axes = plt.subplots(1, 2, sharey=True, width_ratios=[3, 1.4],
                              figsize=(9, 1.6 + .8 * len(claims)))
     for y, c in enumerate(claims):
-        points(axes[0], [y], [c["effect"]], True, ms=8, label=f"the latent, {RANGE}")
-        axes[1].plot(c["false_calls"], y, "o", ms=8, color=BLUE)
+        color, label = (BLUE, "the latent") if c["controls"] else (RED, "one vector for all")
+        points(axes[0], [y], [c["effect"]], True, ms=8, color=color, label=f"{label}, {RANGE}")
+        axes[1].plot(c["false_calls"], y, "o", ms=8, color=color)
         for i, (name, (marker, label)) in enumerate(CONTROLS.items(), 1):
             for ax, key in zip(axes, ("pp", "false_calls")):
                 some = [x[key] for x in c["controls"].get(name, [])]
                 ax.plot(some, [y + .16 * i] * len(some), marker, color=RED, mfc="none", label=label)
-        axes[1].text(112, y, c["verdict"].replace(" ", "\n", 1), va="center")
+        axes[1].text(112, y, textwrap.fill(c["verdict"], 12), va="center")
     labels = [f"{c['text']}\n(clean {c['clean']['exact']:.0f} %)" for c in claims]
     n, latents = m["steering"]["rows"], " ".join(map(str, m["steering"]["latents"]))
     axes[0].set(yticks=range(len(claims)), yticklabels=labels, ylim=(len(claims) - .2, -.4),
@@ -167,7 +169,7 @@ def sweep(plt, runs):
     swept = [folder for folder, _ in runs if folder.parent.name.startswith("seed")]
     rows, _ = table.read([f for f in swept if f.parent.parent == swept[-1].parent.parent])
     fig, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 4.6))
-    for ax, (title, score) in zip(axes, (("exactly right calls", "exact"),
+    for ax, (title, score) in zip(axes, (("exact calls", "exact"),
                                          ("the paper's tool correctness", "tool"))):
         ticks = [(m, kind) for m in "AB" for kind in ("DFC", "crosscoder")]
         for x, (m, kind) in enumerate(ticks):
