@@ -14,10 +14,10 @@ begins (on test rows):
 An effect alone shows little: many directions of that length move a hesitating model. So each stands
 beside directions of the same length, prompt by prompt: 10 random ones and every other live latent
 of the same partition (of more than 60, those that separate best). Two more need no dictionary, the
-differences of means A - B (on prompts that need a tool) and needs - none (of A). These two are also
-added to B as they are used without a dictionary, one vector for all prompts. The verdict is
-computed from exact calls alone. Beside it stand the false calls, tool calls on prompts that need
-none, because a push that makes the model call on every prompt passes as well:
+differences of means A - B (on prompts that need a tool) and needs - none (of A). The last is also
+added to B as it is used without a dictionary: the same to all prompts, or as long as A's own vector
+reaches along it. The verdict is computed from exact calls alone. Beside it stand the false calls,
+tool calls on prompts that need none, because a push that always makes the model call passes too:
 
     no                    the effect's 95 % interval reaches 0 or the strongest random direction
     beyond random         it lies beyond both
@@ -91,9 +91,9 @@ def ranking(cc, x, f):
                    "mean_tool": p.mean(0), "mean_nontool": q.mean(0),
                    "nu_error": nu_error, "nu_recon": nu_recon}
         order = columns["cohens_d"].argsort(descending=True).tolist()
-        rows += [{"contrast": f"{first}/{second}", "partition": part_of(cc, i), "rank": rank,
+        rows += [{"contrast": f"{first}/{second}", "partition": part_of(cc, i),
                   "feature_idx": i} | {n: c[i].item() for n, c in columns.items()}
-                 for rank, i in enumerate(order) if columns["cohens_d"][i] > 0]
+                 for i in order if columns["cohens_d"][i] > 0]
     return rows
 
 def part_of(cc, latent):
@@ -141,6 +141,7 @@ def stage(name, preset):
     r.ranked = ranking(r.cc, x, r.f)
     needs_MD, none_MD = x["needs"].mean(0), x["none"].mean(0)
     r.mean = {"A - B": needs_MD[0] - needs_MD[1], "needs - none": needs_MD[0] - none_MD[0]}
+    r.middle = (needs_MD[0] + none_MD[0]) / 2
     return r
 
 def place(r, split, most=None):
@@ -164,13 +165,13 @@ def outcomes(r, p, m, v_VND, everywhere=None):
     return out
 
 # ---- 4. One latent: effects, controls, verdict ---------------------------------------------------
-def controls_of(r, latents, most=60):
+def controls_of(r, latents):
     """{name: directions of length 1, (n, D)} that an effect has to beat. Other latents: all live
-    ones of the partition; of a part with more than `most`, those that separate best."""
+    ones of the partition; of a part with more than 60, those that separate best."""
     part, d_L = r.cc.parts()[part_of(r.cc, latents[0])], cohens_d(r.f["needs"], r.f["none"])
     live_L = torch.cat(list(r.f.values())).gt(0).any(0)
     others = [i for i in d_L.argsort(descending=True).tolist()
-              if part.start <= i < part.stop and live_L[i] and i not in latents][:most]
+              if part.start <= i < part.stop and live_L[i] and i not in latents][:60]
     return {"random": random_units(10, r.cc.b_dec[0]),
             "latents": F.normalize(r.cc.W_dec[others, 0], dim=1),
             "A - B": F.normalize(r.mean["A - B"][None]),
@@ -182,7 +183,7 @@ def judge(effect, controls, hoped):
     least = min(hoped * effect["lo"], hoped * effect["hi"])
     if not controls:
         return "a control itself"
-    beyond = {name: least > max([0, *(hoped * c["pp"] for c in some)])
+    beyond = {name: least > max(0, *(hoped * c["pp"] for c in some))
               for name, some in controls.items()}
     every = all(beyond.values()) and len(beyond) > 1  # at every token only random ones are tried
     return "beyond every control" if every else "beyond random" if beyond["random"] else "no"
@@ -225,30 +226,34 @@ def best_strength(r, p, m, unit_ND, strengths):
     the push, the more any direction does. By exact calls alone one that calls always would win."""
     found = outcomes(r, p, m, torch.stack([c * unit_ND for c in strengths]))
     gain = [100 * np.mean(exact) - false for exact, false, _ in found]
-    exact = found[int(np.argmax(gain))][0]
+    exact = found[np.argmax(gain)][0]
     enough = max(gain) - 100 * np.std(exact) / len(exact) ** .5  # of its exact calls
     return min(c for c, g in zip(strengths, gain) if g >= enough)
 
 def as_in_a(r, dev, p, latents, units):
     """Rows of what B does when the latents are added in proportion to their activation in A on each
-    prompt, a copy of what A has decided; and when a difference of means is added as it is used
-    without a dictionary, the same to every prompt. Each has the strength that is best on dev."""
-    ways, rows = {"its activation in A": lambda q: delta(r.cc, q.f_NL, latents, 2)}, []
-    for name, v_D in r.mean.items():
-        ways[f"constant {name}"] = lambda q, v_D=v_D: v_D.expand(len(q.rows), -1)
+    prompt, a copy of what A has decided; and what can be had without a dictionary: needs - none,
+    the same to every prompt, or as long as A's own vector reaches along it beyond the middle of
+    both kinds of prompt. Each has the strength that is best on dev."""
+    v_D, rows = r.mean["needs - none"], []
+    u_D = F.normalize(v_D, dim=0)
+    ways = {"its activation in A": lambda q: delta(r.cc, q.f_NL, latents, 2),
+            "constant needs - none": lambda q: v_D.expand(len(q.rows), -1),
+            "A along needs - none": lambda q: (
+                (q.x_NMD[:, 0] - r.middle) @ u_D).relu()[:, None] * u_D}
     for name, way in ways.items():
         c = best_strength(r, dev, "B", way(dev), [.25, .5, 1, 2, 4, 8])
-        v_ND, kind = c * way(p), "constant" if rows else "as in A"
-        rows.append(claim(r, p, "B", kind, f"{name} x {c:g} added to B", v_ND,
+        v_ND = c * way(p)
+        rows.append(claim(r, p, "B", "as in A", f"{name} x {c:g} added to B", v_ND,
                           as_long(v_ND, {} if rows else units)))
     return rows
 
 @torch.no_grad()
-def on_plain_text(r, latents, units, n=60):
-    """Change of A's cross-entropy, mean over n plain test texts of nats per token, when the latents
+def on_plain_text(r, latents, units):
+    """Change of A's cross-entropy, the mean over 60 plain test texts of nats per token, when latents
     are taken away at every token, beside 10 random directions of that length."""
     ids = [torch.tensor([i], device=r.cc.mean.device) for i in token_ids(
-        r.tokenizer, texts_of(r.s, r.tokenizer, "test", n)[n:])]
+        r.tokenizer, texts_of(r.s, r.tokenizer, "test", 60)[60:])]
 
     def loss(edit):
         with hooked(r.models["A"], r.s.layer, edit):

@@ -86,7 +86,7 @@ def effect(plt, runs):
     fig, axes = plt.subplots(1, 2, sharey=True, width_ratios=[3, 1.4],
                              figsize=(9, 1.6 + .8 * len(claims)))
     for y, c in enumerate(claims):
-        color, label = (BLUE, "the latent") if c["controls"] else (RED, "one vector for all")
+        color, label = (BLUE, "the latent") if c["controls"] else (RED, "no dictionary")
         points(axes[0], [y], [c["effect"]], True, ms=8, color=color, label=f"{label}, {RANGE}")
         axes[1].plot(c["false_calls"], y, "o", ms=8, color=color)
         for i, (name, (marker, label)) in enumerate(CONTROLS.items(), 1):
