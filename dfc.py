@@ -2,8 +2,9 @@
 
 Model A is an RL-tuned language model that calls tools, B the frozen base it came from. Run both
 over the same texts, take the residual stream at one layer, and learn ONE sparse dictionary for the
-pair. Some of its latents may read and write A only, some B only, the rest are shared: what RL
-added has to go through the A-exclusive ones. (arXiv 2606.26474; the DFC is from arXiv 2602.11729.)
+pair. Some latents may read and write A only, some (by default none) B only, the rest are shared and
+write the same into both: what RL added has to go through the A-exclusive ones. (arXiv 2606.26474;
+the DFC is from arXiv 2602.11729.)
 
     z_m    = (x_m - mean_m) / scale_m                   one vector per model m, mean square 1
     pre    = relu( sum_m z_m W_enc[m] + b_enc )         forbidden (m, latent) weights are zero

@@ -250,7 +250,7 @@ def as_in_a(r, dev, p, latents, units):
 
 @torch.no_grad()
 def on_plain_text(r, latents, units):
-    """Change of A's cross-entropy, the mean over 60 plain test texts of nats per token, when latents
+    """Change of A's cross-entropy, the mean over 60 plain test texts of nats a token, when latents
     are taken away at every token, beside 10 random directions of that length."""
     ids = [torch.tensor([i], device=r.cc.mean.device) for i in token_ids(
         r.tokenizer, texts_of(r.s, r.tokenizer, "test", 60)[60:])]
