@@ -60,7 +60,8 @@ def recipe_of(c):
     """A run's kind of dictionary in words, without its seed."""
     kind = f"{'tied' if c['tie_shared'] else 'untied'}, A {c['excl']:.0%}, B {c['excl_b']:.0%}"
     kind = kind if c["excl"] + c["excl_b"] else "plain crosscoder"
-    return f"{kind}\n{c['dict']} latents, k {c['k']}, layer {c['layer']}, recipe {c['recipe']}"
+    return f"{kind}\n{c['dict']} latents, k {c['k']}, layer {c['layer']}" + (
+        ", as published" if c["recipe"] == "paper" else "")
 
 # ---- 2. Pieces of a figure -----------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ def layers(plt, runs):
     cells = [g["best"] | {"layer": layer, "n": g["rows"][1]} for layer, g in best.items()]
     points(ax, range(len(cells)), [c["test"] for c in cells], label=f"change, {RANGE}")
     ax.plot([c["false_calls"] for c in cells], "x", color=RED, label="false calls, %")
-    ax.set(xticks=range(len(cells)), ylabel=CHANGE.replace(", ", ",\n"), xticklabels=[
+    ax.set(xmargin=.1, xticks=range(len(cells)), ylabel=CHANGE.replace(", ", ",\n"), xticklabels=[
         "layer {layer}\n{group}\n|S| {size}, alpha {alpha:g}\nn = {n}".format(**c) for c in cells])
     legend(fig, ax)
     return fig
@@ -150,7 +151,7 @@ def recipes(plt, runs):
     """Which dictionary finds the latent: a point for each run, hence for each seed."""
     found = with_key(runs, "steering", "python steer.py")
     kinds = sorted({recipe_of(m["config"]) for _, m in found})
-    fig, axes = plt.subplots(1, 3, sharey=True, figsize=(9, 1.6 + .7 * len(kinds)))
+    fig, axes = plt.subplots(1, 3, sharex=True, sharey=True, figsize=(9, 1.6 + .7 * len(kinds)))
     for ax, (kind, text) in zip(axes, DONE.items()):
         for i, name in enumerate(kinds):
             some = [m["steering"]["claims"] for _, m in found if recipe_of(m["config"]) == name]
