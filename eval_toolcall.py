@@ -394,7 +394,7 @@ def evaluate(r, args):
         m: {name: said[i] for name, said in versions.items()} for m, versions in texts.items()}}
         for i, (row, prompt) in enumerate(zip(rows, prompts))]
     keep(r.folder, "evaluation", {"models": result, "chance": chances, "rows": len(rows),
-                                "template": args.template, "seconds": time.time() - began},
+                                  "template": args.template, "seconds": time.time() - began},
          lines, "eval.jsonl")
     print(headline("A, reconstruction", result["A"]["reconstruction"]["all"]))
 

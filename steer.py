@@ -180,10 +180,10 @@ def controls_of(r, latents):
 def judge(effect, controls, hoped):
     """The verdict on an effect {pp, lo, hi} beside {name: [{pp, ...}]}; hoped -1: calls should
     fall, +1: rise. Not corrected for the number of claims."""
-    least = min(hoped * effect["lo"], hoped * effect["hi"])
     if not controls:
         return "a control itself"
-    beyond = {name: least > max(0, *(hoped * c["pp"] for c in some))
+    least = min(hoped * effect["lo"], hoped * effect["hi"])
+    beyond = {name: least > max([0, *(hoped * c["pp"] for c in some)])
               for name, some in controls.items()}
     every = all(beyond.values()) and len(beyond) > 1  # at every token only random ones are tried
     return "beyond every control" if every else "beyond random" if beyond["random"] else "no"
@@ -353,9 +353,9 @@ def own_words(r, args, latents):
     for alpha, (text,) in zip(alphas, said):
         print(f"\n--- alpha = {alpha:g}\n{text}")
     ids = token_ids(r.tokenizer, prompt + said[0][0].removeprefix(opened(prompt)))
-    ids_BT = torch.tensor([ids], device=f_NL.device)
-    f_TL = r.cc.encode(torch.stack([residual(m, ids_BT, r.s.layer)[0]
-                                    for m in r.models.values()], 1))
+    f_TL = r.cc.encode(torch.stack([
+        residual(m, torch.tensor([ids], device=f_NL.device), r.s.layer)[0]
+        for m in r.models.values()], 1))
     for latent in latents:
         print(f"\nlatent {latent} fires at (answer: after {len(token_ids(r.tokenizer, prompt))}):")
         for i in f_TL[:, latent].nonzero()[:, 0].tolist():

@@ -413,7 +413,7 @@ FILE:            dfc.py --out FILE/run
 another seed:    dfc.py --out RUN --seed 5
 no finished run: dfc.py --out MODEL; dfc.py --out FILE; dfc.py --out DAMAGED; dfc.py --out FOREIGN
 no finished run: eval_toolcall.py; eval_toolcall.py DAMAGED; steer.py nothing
-cannot use:      eval_toolcall.py PICKLE --preset tiny; dfc.py --model-b .
+cannot use:      eval_toolcall.py PICKLE --preset tiny; dfc.py --model-b .; dfc.py --model-b tiny
 --alpha:         steer.py RUN --alpha strong
 distinct:        steer.py RUN --latents 1 1; steer.py RUN --latents 999"""
 
@@ -677,6 +677,7 @@ def test_controls_are_all_other_live_latents_and_have_each_prompts_length(scene,
 
 VERDICTS = """
  10  20  rise   5   3   8   9   beyond every control
+ 10  20  rise   5   .   8   9   beyond every control
  10  20  rise  12   3   8   9   no
  10  20  rise   5  12   8   9   beyond random
   0  20  rise  -5  -3  -8  -9   no
@@ -688,9 +689,9 @@ VERDICTS = """
 def test_a_verdict_needs_the_whole_interval_beyond_each_control(line):
     lo, hi, hoped, *changes = line.split(maxsplit=7)
     names, verdict = ("random", "latents", "A - B", "needs - none"), changes.pop()
-    controls = {name: [{"pp": float(c)}, {"pp": float(c) / 2}]
+    controls = {name: [{"pp": float(c) / i} for i in (1, 2) if c != "."]  # no other live latent
                 for name, c in zip(names, changes) if c != "-"}
-    effect = {"pp": 0., "lo": float(lo), "hi": float(hi)}
+    effect = {"lo": float(lo), "hi": float(hi)}
     assert steer.judge(effect, controls, 1 if hoped == "rise" else -1) == verdict
 
 def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_less_false_calls(monkeypatch):

@@ -101,7 +101,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     r = stage(args.run, None)
     files = sorted(Path(r.s.model_b).parent.glob("snapshots/step*.safetensors"),
-                   key=lambda file: int(file.stem.removeprefix("step")))
+                   key=lambda file: int(file.stem[4:]))
     latents = [row["feature_idx"] for row in r.ranked
                if (row["partition"], row["contrast"]) == ("A-exclusive", "needs/none")][:2]
     if not files or not latents:
