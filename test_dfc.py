@@ -283,8 +283,8 @@ def published(folder, D=8, n=2, k=4, **masks):
     state = {n: t for n, t in cc.state_dict().items() if n not in ("mean", "scale")}
     folder.mkdir(parents=True)
     torch.save(state | masks, folder / "model.pt")
-    sizes = {"activation_dim": D, "dict_size": 64, "k": k, "n_a": n, "n_b": n}
-    (folder / "config.json").write_text(json.dumps(sizes))
+    (folder / "config.json").write_text(json.dumps(
+        {"activation_dim": D, "dict_size": 64, "k": k, "n_a": n, "n_b": n}))
     (folder / "hparams.json").write_text('{"layer": 2}')
     return cc
 
@@ -331,9 +331,8 @@ def call(program, *argv):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with few.jsonl, the two shortest tool rows of every kind and split, and two runs
-    on them: run, and null, of A against itself; at most 60 training or dev texts of each kind are
-    collected from then on. -> (the folder, the flags of its runs)"""
+    """(A folder with few.jsonl, the two shortest tool rows of every kind and split, run, and null of
+    A against itself; the flags of both); from then on at most 60 texts of a kind are collected."""
     home, kinds, texts_of = tmp_path_factory.mktemp("world"), {}, dfc.texts_of
     for row in sorted(rows_in(TINY / "tools.jsonl"), key=lambda row: len(row["instruction"])):
         kinds.setdefault((row["split"], row["kind"]), []).append(row)
@@ -392,6 +391,7 @@ def bad(world, tmp_path_factory):
             "ONE.jsonl": as_lines(row), "TWO.jsonl": as_lines(row, row | {"split": "validation"}),
             "LONE.jsonl": as_lines(row | {"prediction": ""}) + json.dumps(row | {
                 "input": "\ud800", "prediction": "\ud800"}),
+            "MODEL/chat_template.jinja": "{{ raise_exception('no system role') }}",
             "DAMAGED/metrics.json": '{"config": {"mod', "FOREIGN/metrics.json": "{}"}.items():
         (home / name).write_text(text)
     return home
@@ -403,6 +403,7 @@ memory:          dfc.py --dict 1000000000000
 diverged:        dfc.py --lr 1e9
 layer 9:         dfc.py --layer 9
 MISSING:         dfc.py --model-a MISSING; dfc.py --model-b MISSING
+no system role:  dfc.py --model-a MODEL
 too few:         dfc.py --tool-texts ONE.jsonl
 validation:      dfc.py --tool-texts TWO.jsonl
 row 2:           dfc.py --tool-texts LONE.jsonl; eval_toolcall.py --score LONE.jsonl
