@@ -331,7 +331,7 @@ def call(program, *argv):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """(A folder with few.jsonl, the two shortest tool rows of every kind and split, run, and null of
+    """(A folder with few.jsonl, the two shortest tool rows of every kind and split, run, and null,
     A against itself; the flags of both); from then on at most 60 texts of a kind are collected."""
     home, kinds, texts_of = tmp_path_factory.mktemp("world"), {}, dfc.texts_of
     for row in sorted(rows_in(TINY / "tools.jsonl"), key=lambda row: len(row["instruction"])):

@@ -18,7 +18,7 @@ Then lengths say where to expect a claim, printed beside where it is measured (i
     down   |A-B| - w < theta < |A-B|        it calls, and would not without the latent
     up     |A-B| < theta < |A-B| + (alpha - 1) w           into B   theta < c
 
-    python extras/birth.py                  # the newest run: four minutes on 2 CPU cores
+    python extras/birth.py                  # the newest run: two minutes on 2 CPU cores
 """
 
 import argparse
