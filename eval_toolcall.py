@@ -31,53 +31,111 @@ Scores, each a pure function of text:
                    chance lines, three answers that never read the question.
 
 Shapes: N prompts, M = 2 models (A, B), D width, V versions of an answer (what is patched in),
-R rows of a batch in flight, T tokens.
+B prompts of a batch, R answers in flight (B prompts in some versions), T tokens.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
+import inspect
 import json
 import random
 import re
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import DynamicCache
 
-from dfc import (TOOL_ROW, alike, cli, collect, file_of, hooked, load, load_model, named,
-                 opened, parse_args, prompt_of, read_metrics, read_rows, split_of, texts_of,
-                 token_ids, whole)
+from dfc import (
+    TOOL_ROW,
+    Crosscoder,
+    Settings,
+    answer_prefix,
+    atomically,
+    batches_by_length,
+    cli,
+    collect,
+    errors_about,
+    file_of,
+    hooked,
+    load,
+    load_model,
+    load_texts,
+    parse_args,
+    prompt_of,
+    read_metrics,
+    read_rows,
+    split_of,
+    token_ids,
+)
+
 
 # ---- 1. Parse and score --------------------------------------------------------------------------
+class Parsed(NamedTuple):
+    """The calls of an answer."""
+
+    calls: list  # of (name, its parameters as canonical JSON)
+    tidy: bool   # every block is closed and holds calls and nothing else
+
+    @property
+    def names(self):
+        return [name for name, _ in self.calls]
+
+
 def parse_calls(text):
-    """([(name, its parameters as canonical JSON)], tidy) of an answer; raises nothing.
+    """The calls of an answer; raises nothing.
 
     Read is what follows the last </think>, since thoughts mention the tags: in each <tool_call>
     block one JSON object after another, on lines of their own (ToolRL) or one a block with
-    "arguments" (Hermes). tidy: every block is closed and holds calls and nothing else."""
-    calls, tidy, read = [], True, json.JSONDecoder().raw_decode
-    for block in text.rpartition("</think>")[2].split("<tool_call>")[1:]:
+    "arguments" (Hermes)."""
+    calls = []
+    tidy = True
+    answer = text.rpartition("</think>")[2]
+    for block in answer.split("<tool_call>")[1:]:
         body, closed, _ = block.partition("</tool_call>")
-        tidy &= bool(closed and body.strip())
-        while body := body.strip():
-            try:
-                call, end = read(body)
-                values = call["parameters"] if "parameters" in call else call["arguments"]
-                values = json.loads(values) if isinstance(values, str) else values
-                calls.append((call["name"] + "", json.dumps(dict(values.items()), sort_keys=True)))
-                body = body[end:]
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                tidy, body = False, body.partition("\n")[2]
-    return calls, tidy
+        found = parse_block(body)
+        calls += found.calls
+        tidy = tidy and found.tidy and bool(closed)
+    return Parsed(calls, tidy)
+
+
+def parse_block(body):
+    """The calls between two tags; a line that is no call is skipped."""
+    calls = []
+    tidy = bool(body.strip())
+    while body.strip():
+        body = body.strip()
+        try:
+            call, end = json.JSONDecoder().raw_decode(body)
+            calls.append((call["name"] + "", parameters_of(call)))
+            body = body[end:]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            tidy = False
+            body = body.partition("\n")[2]
+    return Parsed(calls, tidy)
+
+
+def parameters_of(call):
+    """A call's parameters as canonical JSON: equal texts are equal values."""
+    values = call["parameters"] if "parameters" in call else call["arguments"]
+    if isinstance(values, str):
+        values = json.loads(values)
+    return json.dumps(dict(values.items()), sort_keys=True)
+
 
 def needs_tool(row):
     """Does the gold answer call a tool? A thought may mention the tag: read is what follows it."""
     return "<tool_call>" in row["output"].rpartition("</think>")[2]
+
 
 def responds(output, gold):
     """A non-empty <response>; plain text where the gold has no such tag. A thought that does not
@@ -88,19 +146,19 @@ def responds(output, gold):
         return bool(closed and inside.strip())
     return bool(answer.strip()) and ("<think>" not in output or bool(thought))
 
+
 def toolrl_format(output, gold):
     """1 if the whole output has the gold's kind (a thought, a call and/or a response), else 0."""
     parts = {"tool_call": r"\n<tool_call>\n.*?\n</tool_call>",
              "response": r"\n<response>.*?</response>"}
-    tags = [tag for tag in parts if f"<{tag}>" in gold]
-    once = all(output.count(f"<{tag}>") == output.count(f"</{tag}>") == 1 for tag in tags)
-    pattern = r"<think>.*?</think>" + "".join(parts[tag] for tag in tags)
+    pattern = r"<think>.*?</think>"
+    once = True
+    for tag, part in parts.items():
+        if f"<{tag}>" in gold:
+            pattern += part
+            once = once and output.count(f"<{tag}>") == output.count(f"</{tag}>") == 1
     return int(once and bool(re.fullmatch(pattern, output.strip(), re.S)))
 
-def jaccard(a, b):
-    """Intersection over union of two multisets; 1 if they are equal. Of dicts: of their keys."""
-    a, b = Counter(list(a)), Counter(list(b))
-    return (a & b).total() / (a | b).total() if a != b else 1.
 
 def toolrl_correctness(output, gold):
     """ToolRL's [-3, 3]: 6 (J(names) + sum of matches) / (1 + sum over gold calls (1 + keys)) - 3;
@@ -108,50 +166,110 @@ def toolrl_correctness(output, gold):
     where a line of the first block is no call. What is looked at, and when, is as in its code."""
     if "<tool_call>" not in gold:
         return 0.
+    if "</tool_call>" not in output:
+        return -3.
     try:
-        found, wanted = ([json.loads(line) for line in text.split("<tool_call>")[1].split(
-            "</tool_call>")[0].strip().split("\n")] for text in (output, gold))
-        if found == wanted or "</tool_call>" not in output:
-            return 3. if "</tool_call>" in output else -3.
-        total, most = jaccard(*([c["name"] for c in calls] for calls in (found, wanted))), 1
-        for name, values in ((c["name"], c["parameters"]) for c in wanted):
-            worth = [jaccard(values.keys(), c["parameters"].keys()) + sum(
-                k in c["parameters"] and c["parameters"][k] == v for k, v in values.items())
-                if c["name"] == name else 0. for c in found]
-            most += 1 + len(values)
-            if max(worth, default=0.) > 0:
-                total += max(worth)
-                found.pop(worth.index(max(worth)))
+        found = first_block(output)
+        wanted = first_block(gold)
+        if found == wanted:
+            return 3.
+
+        found_names = [call["name"] for call in found]
+        wanted_names = [call["name"] for call in wanted]
+        total = jaccard(found_names, wanted_names)
+        most = 1
+        for gold_call in wanted:
+            worth = [match(call, gold_call) for call in found]
+            best = max(worth, default=0.)
+            if best > 0:
+                found.pop(worth.index(best))
+            total += best
+            most += 1 + len(gold_call["parameters"])
         return 6 * total / most - 3
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return -3.
+
+
+def first_block(text):
+    """The JSON of each line of the first <tool_call>, as ToolRL reads it. Raises much."""
+    block = text.split("<tool_call>")[1].split("</tool_call>")[0]
+    return [json.loads(line) for line in block.strip().split("\n")]
+
+
+def match(call, gold_call):
+    """What a call is worth beside a gold one: 0 for another name, else the Jaccard index of their
+    keys and 1 for every equal value."""
+    wanted = gold_call["parameters"]
+    if call["name"] != gold_call["name"]:
+        return 0.
+    values = call["parameters"]
+    equal = sum(key in values and values[key] == value for key, value in wanted.items())
+    return jaccard(wanted.keys(), values.keys()) + equal
+
+
+def jaccard(a, b):
+    """Intersection over union of two multisets; 1 if they are equal."""
+    a = Counter(list(a))
+    b = Counter(list(b))
+    return 1. if a == b else (a & b).total() / (a | b).total()
+
 
 def tool_names(text):
     """Names in a ToolRL system text ("1. Name: get_weather"), in order; they may hold blanks."""
     return re.findall(r"^[ \t]*\d+\.[ \t]*Name:[ \t]*(\S.*?)\s*$", text, re.M)
 
+
 def score(output, row):
-    """All scores of one answer to a tool row; pure."""
-    gold, tools = row["output"], [t.lower() for t in tool_names(row.get("instruction") or "")]
+    """{score: value} of one answer to a tool row; pure."""
+    gold = row["output"]
     output = output.split("<|im_start|>assistant")[-1].split("<|im_end|>")[0]
-    (calls, tidy), (wanted, _) = parse_calls(output), parse_calls(gold)
-    names = Counter(n for n, _ in calls) == Counter(n for n, _ in wanted)
-    fits = Counter(calls) == Counter(wanted) and (bool(wanted) or responds(output, gold))
-    first = (re.findall(r'"name"\s*:\s*"([^"]*)"', output.lower()) + [None])[0]
-    p_form = int("<tool_call>" in output and first is not None)
-    p_tool = int(bool(first) and any(first in tool or tool in first for tool in tools))
-    form, correct = toolrl_format(output, gold), toolrl_correctness(output, gold)
-    return {"exact": int(tidy and fits), "name": int(tidy and names), "called": int(bool(calls)),
-            "false_call": int(bool(calls) and not wanted), "toolrl": form + correct,
-            "toolrl_format": form, "toolrl_correctness": correct, "paper_format": p_form,
-            "paper_tool": p_tool, "paper_overall": -1 + p_form + 2 * p_tool}
+
+    # ours
+    said = parse_calls(output)
+    wanted = parse_calls(gold)
+    names_fit = Counter(said.names) == Counter(wanted.names)
+    calls_fit = Counter(said.calls) == Counter(wanted.calls)
+    if not wanted.calls:
+        calls_fit = calls_fit and responds(output, gold)
+
+    # ToolRL's reward
+    form = toolrl_format(output, gold)
+    correct = toolrl_correctness(output, gold)
+
+    # the paper's rubric
+    tools = [tool.lower() for tool in tool_names(row.get("instruction") or "")]
+    named = re.findall(r'"name"\s*:\s*"([^"]*)"', output.lower())
+    first = named[0] if named else ""
+    paper_format = int("<tool_call>" in output and bool(named))
+    paper_tool = int(first != "" and any(first in tool or tool in first for tool in tools))
+
+    return {
+        "exact": int(said.tidy and calls_fit),
+        "name": int(said.tidy and names_fit),
+        "called": int(bool(said.calls)),
+        "false_call": int(bool(said.calls) and not wanted.calls),
+        "toolrl": form + correct,
+        "toolrl_format": form,
+        "toolrl_correctness": correct,
+        "paper_format": paper_format,
+        "paper_tool": paper_tool,
+        "paper_overall": -1 + paper_format + 2 * paper_tool,
+    }
+
 
 # ---- 2. Totals, chance, intervals ----------------------------------------------------------------
+REWARDS = ("toolrl", "toolrl_correctness", "paper_overall")  # all other scores are 0 or 1
+
+
 def wilson(hits, n, z=1.96):
-    """A share in percent with its 95 % interval, which has a width also at 0 and at n hits."""
-    centre, half = hits + z * z / 2, z * (hits * (n - hits) / n + z * z / 4) ** .5
-    low, high = (100 * (centre + s * half) / (n + z * z) for s in (-1, 1))
+    """{pct, lo, hi}: a share in percent with its 95 % interval, which has a width also at 0 and at
+    n hits."""
+    centre = hits + z * z / 2
+    half = z * (hits * (n - hits) / n + z * z / 4) ** .5
+    low = 100 * (centre - half) / (n + z * z)
+    high = 100 * (centre + half) / (n + z * z)
     return {"pct": 100 * hits / n, "lo": low if hits else 0., "hi": high if hits < n else 100.}
+
 
 def paired(after, before, unit=100, times=2000, seed=0):
     """{pp, lo, hi}: mean difference of two scores of the same rows, times unit (100: percentage
@@ -161,110 +279,211 @@ def paired(after, before, unit=100, times=2000, seed=0):
     low, high = np.percentile(difference[draws].mean(1), [2.5, 97.5])
     return {"pp": float(difference.mean()), "lo": float(low), "hi": float(high)}
 
+
 def totals(scores, rows):
     """{"all", "needs", "none": {"n", score: {pct, lo, hi} or, for rewards, {mean}}} over all rows,
     those that need a tool and those that do not; a group without rows is absent."""
-    groups = {"all": scores, "needs": [s for s, r in zip(scores, rows) if needs_tool(r)],
-              "none": [s for s, r in zip(scores, rows) if not needs_tool(r)]}
-    return {group: {"n": len(some)} | {
-        name: {"mean": sum(s[name] for s in some) / len(some)}
-        if name in ("toolrl", "toolrl_correctness", "paper_overall")
-        else wilson(sum(s[name] for s in some), len(some)) for name in some[0]}
-        for group, some in groups.items() if some}
+    groups = {"all": scores, "needs": [], "none": []}
+    for s, row in zip(scores, rows):
+        groups["needs" if needs_tool(row) else "none"].append(s)
+
+    out = {}
+    for group, members in groups.items():
+        if not members:
+            continue
+        out[group] = {"n": len(members)}
+        for name in members[0]:
+            total = sum(s[name] for s in members)
+            share = {"mean": total / len(members)}
+            out[group][name] = share if name in REWARDS else wilson(total, len(members))
+    return out
+
 
 def chance(rows, seed=0):
     """{line: totals} of three answers that never read the question, on the rows that list tools."""
-    def call(name):
-        line = json.dumps({"name": name, "parameters": {}})
-        return f"<think> . </think>\n<tool_call>\n{line}\n</tool_call>"
-    rows = [r for r in rows if tool_names(r.get("instruction") or "")]
-    tools, rng = [tool_names(r["instruction"]) for r in rows], random.Random(seed)
-    lines = {"first tool with {}": [call(t[0]) for t in tools],
-             "random tool with {}": [call(rng.choice(t)) for t in tools],
-             "always a response": ["<think> . </think>\n<response> Yes. </response>"] * len(rows)}
-    return {f"chance: {name}": totals(list(map(score, texts, rows)), rows)
-            for name, texts in lines.items() if rows}
+    rows = [row for row in rows if tool_names(row.get("instruction") or "")]
+    if not rows:
+        return {}
+    rng = random.Random(seed)
+    lines = {"first tool with {}": [], "random tool with {}": [], "always a response": []}
+    for row in rows:
+        names = tool_names(row["instruction"])
+        lines["first tool with {}"].append(empty_call(names[0]))
+        lines["random tool with {}"].append(empty_call(rng.choice(names)))
+        lines["always a response"].append("<think> . </think>\n<response> Yes. </response>")
+
+    out = {}
+    for name, texts in lines.items():
+        scores = [score(text, row) for text, row in zip(texts, rows)]
+        out[f"chance: {name}"] = totals(scores, rows)
+    return out
+
+
+def empty_call(name):
+    """An answer that calls a tool without parameters."""
+    line = json.dumps({"name": name, "parameters": {}})
+    return f"<think> . </think>\n<tool_call>\n{line}\n</tool_call>"
+
 
 def print_totals(lines):
     """{line: totals [with "change": {pp, lo, hi}]} as a table, both kinds of rows apart."""
-    print(f"{'':28s}rows that need a tool:{'':29s}rows that do not:\n{'':28s}exact %  change, 95 %"
-          f"{'':10s}called %  toolrl  paper %    exact %  false calls %")
-    for name, t in lines.items():
-        d, needs, none = t.get("change"), t.get("needs"), t.get("none")
-        change = f"{d['pp']:+.1f} [{d['lo']:+.1f}, {d['hi']:+.1f}]" if d else ""
-        left = (f"{needs['exact']['pct']:7.1f}  {change:21s}{needs['called']['pct']:10.1f}"
-                f"{needs['toolrl']['mean']:8.2f}{needs['paper_tool']['pct']:9.1f}") if needs else ""
-        right = f"{none['exact']['pct']:11.1f}{none['false_call']['pct']:15.1f}" if none else ""
+    print(f"{'':28s}rows that need a tool:{'':29s}rows that do not:")
+    print(f"{'':28s}exact %  change, 95 %{'':10s}called %  toolrl  paper %    exact %  "
+          "false calls %")
+    for name, total in lines.items():
+        left = right = change = ""
+        if "change" in total:
+            change = "{pp:+.1f} [{lo:+.1f}, {hi:+.1f}]".format(**total["change"])
+        if "needs" in total:
+            needs = total["needs"]
+            left = (f"{needs['exact']['pct']:7.1f}  {change:21s}{needs['called']['pct']:10.1f}"
+                    f"{needs['toolrl']['mean']:8.2f}{needs['paper_tool']['pct']:9.1f}")
+        if "none" in total:
+            none = total["none"]
+            right = f"{none['exact']['pct']:11.1f}{none['false_call']['pct']:15.1f}"
         print(f"{name:28s}{left:57s}{right}".rstrip())
+
+
+def headline(name, total):
+    """A closing line: exact calls with their interval and n."""
+    share = "{pct:.1f} % (95 % {lo:.1f} to {hi:.1f})".format(**total["exact"])
+    return f"{name}: exact on {share} of {total['n']} rows"
+
 
 def score_file(name):
     """The job of --score: rows {output, prediction[, instruction]} of a .jsonl file."""
     every = list(read_rows(name, ("output", "prediction")))
-    rows = [row for row in every if parse_calls(row["output"])[1]]
+    rows = [row for row in every if parse_calls(row["output"]).tidy]
     if not rows:
         raise ValueError(f"{name} holds no row whose gold can be read")
     print(f"{len(every) - len(rows)} of {len(every)} rows left out: gold unreadable")
+
     result = totals([score(row["prediction"], row) for row in rows], rows)
-    print_totals({name: result} | chance(rows))
+    print_totals({name: result, **chance(rows)})
     print(headline(name, result["all"]))
 
-def headline(name, total):
-    return name + ": exact on {pct:.1f} % (95 % {lo:.1f} to {hi:.1f})".format(
-        **total["exact"]) + f" of {total['n']} rows"
 
 # ---- 3. Generate: greedy, batched, patched -------------------------------------------------------
 @torch.no_grad()
-def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1,), v_VND=None, everywhere=None,
-             at_once=40_000):
+def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1.,), v_VND=None, at_once=40_000):
     """Greedy answers, each prompt V times -> [V][N] texts.
 
     In version v the output h of block `layer` at prompt n's last token becomes keep_V[v] h +
     v_VND[v, n], once: keep 1 adds, keep 0 replaces, the default changes nothing and is "clean". A
     patch there leaves the keys and values before it as they are: they are computed once for all
-    versions. everywhere: an edit (R, T, D) -> same at every token of prompt and answer instead.
-    at_once bounds the tokens in flight."""
-    ids, known = token_ids(tokenizer, prompts), tokenizer.get_vocab()
-    stops = {tokenizer.eos_token, "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>"}
-    ends = sorted(known[t] for t in stops & known.keys())  # a base's own file lacks the turn's end
-    out, device = [[None] * len(prompts) for _ in keep_V], model.device
-    keep_V = torch.tensor(keep_V, dtype=model.dtype, device=device)
-    for rows in alike(ids, at_once // 4):
-        width = len(ids[rows[-1]])
-        pads = [width - len(ids[i]) for i in rows]
-        ids_RT = torch.tensor([[0] * pad + ids[i] for pad, i in zip(pads, rows)], device=device)
-        mask_RT = torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None]
-        cache = DynamicCache(config=model.config)
-        if not everywhere and width > 1:
-            model.base_model(input_ids=ids_RT[:, :-1], attention_mask=mask_RT[:, :-1].long(),
-                             position_ids=(mask_RT.cumsum(1) - 1).clamp(min=0)[:, :-1],
-                             past_key_values=cache)
-        for some in torch.arange(len(keep_V)).split(at_once // len(rows) // (width + max_new) or 1):
-            edit = everywhere or once(keep_V[some].repeat(len(rows))[:, None], None if v_VND is None
-                                      else v_VND[some][:, rows].transpose(0, 1).flatten(0, 1))
-            own = copy.deepcopy(cache)
-            own.batch_repeat_interleave(len(some))
-            with hooked(model, layer, edit):  # all spelled out: a model's file may ask for sampling
-                said = model.generate(
-                    input_ids=ids_RT.repeat_interleave(len(some), 0), past_key_values=own,
-                    attention_mask=mask_RT.repeat_interleave(len(some), 0).long(),
-                    max_new_tokens=max_new, do_sample=False, num_beams=1, repetition_penalty=1.,
-                    use_cache=True, eos_token_id=ends, pad_token_id=ends[0])[:, width:].tolist()
-            for r, answer in enumerate(said):
-                end = next((i for i, token in enumerate(answer) if token in ends), None)
-                n, v = rows[r // len(some)], some[r % len(some)]
-                out[v][n] = opened(prompts[n]) + tokenizer.decode(answer[:end])
-    return out
+    versions. at_once bounds the tokens in flight. (Paper section 4.)"""
+    ids = token_ids(tokenizer, prompts)
+    keep_V = torch.tensor(keep_V, dtype=model.dtype, device=model.device)
+    if v_VND is None:
+        v_VND = torch.zeros(len(keep_V), len(prompts), 1)
+    v_VND = v_VND.to(keep_V)
 
-def once(keep_R1, v_RD=None):
-    """An edit for hooked(): the last token becomes keep h + v in the first pass, and no more."""
-    done = []
-    def edit(h_RTD):
-        if done:
-            return h_RTD
-        done.append(True)
-        last = keep_R1 * h_RTD[:, -1] + (0 if v_RD is None else v_RD.to(h_RTD))
-        return torch.cat([h_RTD[:, :-1], last[:, None]], 1)
-    return edit
+    # 1. which tokens end an answer
+    ends = end_tokens(model, tokenizer)
+
+    answers = [[None] * len(prompts) for _ in keep_V]
+    bar = tqdm(total=len(keep_V) * len(prompts), desc="answers", leave=False, disable=None)
+    for rows in batches_by_length(ids, at_once // 4):
+        # 2. pad on the left, so that all prompts end at the same place
+        ids_BT, mask_BT = pad_left([ids[n] for n in rows], model.device)
+
+        # 3. one prefill for all versions, of everything but the last token
+        cache = prefill(model, ids_BT[:, :-1], mask_BT[:, :-1])
+
+        # 4. answer, as many versions at a time as fit
+        fit = max(1, at_once // (len(rows) * (ids_BT.shape[1] + max_new)))
+        for versions in torch.arange(len(keep_V)).split(fit):
+            batch_R = torch.arange(len(rows), device=model.device).repeat(len(versions))
+            own_cache = copy.deepcopy(cache)
+            own_cache.reorder_cache(batch_R)
+            keep_R11 = keep_V[versions].repeat_interleave(len(rows))[:, None, None]
+            v_R1D = v_VND[versions][:, rows].flatten(0, 1)[:, None]
+            patch = hooked(model, layer, functools.partial(scale_and_add, keep_R11, v_R1D))
+            said = decode_greedily(
+                model, ids_BT[batch_R, -1:], mask_BT[batch_R], own_cache, max_new, ends, patch)
+
+            jobs = [(v, n) for v in versions.tolist() for n in rows]
+            for (v, n), tokens in zip(jobs, said):
+                answers[v][n] = answer_prefix(prompts[n]) + tokenizer.decode(tokens)
+            bar.update(len(jobs))
+    bar.close()
+    return answers
+
+
+def end_tokens(model, tokenizer):
+    """The ids that end an answer: those that the model's and the tokenizer's files name, and the
+    usual ends of a turn, for a base's own file knows only the end of a text."""
+    known = tokenizer.get_vocab()
+    usual = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>")
+    ends = {known[token] for token in usual if token in known}
+    for config in (tokenizer, model.config.get_text_config(), model.generation_config):
+        own = getattr(config, "eos_token_id", None)
+        if own is not None:
+            ends.update(own if isinstance(own, list) else [own])
+    return torch.tensor(sorted(ends), device=model.device)
+
+
+def pad_left(ids, device):
+    """Token lists -> ids_BT and mask_BT (1: a token, 0: padding), padded on the left."""
+    ids_BT = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for i, row in enumerate(ids):
+        ids_BT[i, -len(row):] = torch.tensor(row)
+        mask_BT[i, -len(row):] = 1
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def prefill(model, ids_BT, mask_BT):
+    """The cache of keys and values after these tokens; empty where there are none."""
+    cache = DynamicCache(config=model.config)
+    if ids_BT.shape[1] > 0:
+        position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        model.base_model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT,
+                         **{cache_argument(model): cache})
+    return cache
+
+
+def decode_greedily(model, next_R1, mask_RT, cache, max_new, ends, patch):
+    """Token lists, each without the token that ended it. `patch` is a context entered for the first
+    pass alone: next_R1, the prompts' last tokens. mask_RT covers these and what is in the cache.
+    Nothing in a model's file can act here: it may ask for sampling, penalties, a least length."""
+    answers = [[] for _ in next_R1]
+    active = list(range(len(answers)))
+    for step in range(max_new):
+        with patch if step == 0 else contextlib.nullcontext():
+            out = model(input_ids=next_R1, attention_mask=mask_RT, use_cache=True,
+                        position_ids=mask_RT.sum(1, keepdim=True) - 1,
+                        **{cache_argument(model): cache})
+        next_R = out.logits[:, -1].argmax(-1)
+
+        # an answer that ends leaves the batch
+        going = torch.isin(next_R, ends, invert=True).nonzero()[:, 0]
+        if len(going) < len(active):
+            cache.reorder_cache(going)
+            mask_RT = mask_RT[going]
+            next_R = next_R[going]
+            active = [active[i] for i in going.tolist()]
+        if not active:
+            break
+
+        for answer, token in zip(active, next_R.tolist()):
+            answers[answer].append(token)
+        next_R1 = next_R[:, None]
+        mask_RT = F.pad(mask_RT, (0, 1), value=1)
+    return answers
+
+
+def scale_and_add(keep, v, h):
+    """An edit for hooked(): h -> keep h + v."""
+    return keep * h + v
+
+
+@functools.cache
+def cache_argument(model):
+    """What this version of transformers calls the cache: it was renamed within version 5."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
 
 # ---- 4. Reconstruction, and what it has to beat --------------------------------------------------
 @torch.no_grad()
@@ -275,128 +494,217 @@ def reconstructions(cc, x_NMD, raw=False):
     reconstruction, its parts (one partition's latents; none of them, "mean only"), the activation
     with noise as long as the reconstruction's error. Into B also the reconstruction with A's vector
     replaced by its mean or another prompt's: B's latents were encoded from A's state too, so what
-    changes then came in from A. raw: as published, without mean and scale ([1] in dfc.py)."""
+    changes then came in from A. raw: as published, without mean and scale ([3] in dfc.py)."""
     x_NMD = x_NMD.float()
     xhat_NMD, f_NL = cc(x_NMD)
     both = {"own activation": x_NMD, "reconstruction": xhat_NMD}
+
+    # its parts
     for name, part in cc.parts().items():
         only_NL = torch.zeros_like(f_NL)
         only_NL[:, part] = f_NL[:, part]
         both[f"{name} alone"] = cc.decode(only_NL)
     both["mean only"] = cc.decode(torch.zeros_like(f_NL))
+
+    # noise as long as the error
+    error_NM = (xhat_NMD - x_NMD).norm(dim=2)
     for seed in range(3):
-        e_NMD = torch.randn(x_NMD.shape, generator=torch.Generator().manual_seed(seed)).to(x_NMD)
-        size = (xhat_NMD - x_NMD).norm(dim=2) / e_NMD.norm(dim=2)
-        both[f"noise, seed {seed}"] = x_NMD + e_NMD * size[..., None]
+        rng = torch.Generator().manual_seed(seed)
+        noise_NMD = torch.randn(x_NMD.shape, generator=rng).to(x_NMD)
+        size_NM = error_NM / noise_NMD.norm(dim=2)
+        both[f"noise, seed {seed}"] = x_NMD + noise_NMD * size_NM[..., None]
+
     if raw:
         published = copy.deepcopy(cc)
-        published.mean.zero_(), published.scale.fill_(1)
+        published.mean.zero_()
+        published.scale.fill_(1)
         both["reconstruction, raw"] = published(x_NMD)[0]
-    out = {m: {name: v[:, i] for name, v in both.items()} for i, m in enumerate("AB")}
-    for whose, a_ND in (("mean A", x_NMD[:, 0].mean(0).expand_as(x_NMD[:, 0])),
-                        ("another's A", x_NMD[:, 0].roll(1, 0))):
-        out["B"][f"reconstruction, {whose}"] = cc(torch.stack([a_ND, x_NMD[:, 1]], 1))[0][:, 1]
-    return out
 
-# ---- 5. The program ------------------------------------------------------------------------------
-def open_run(name, preset=None, get=load_model):
-    """A run: settings s, crosscoder cc, models {"A", "B"}, tokenizer, folder of results, max_new
-    tokens an answer. name: a folder of dfc.py, None for the newest; with a preset, a crosscoder
-    alone, which tells its layer. get: load_model, or one that remembers. Raises ValueError."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    done = sorted(Path("runs").glob("*/model.safetensors"), key=lambda f: f.stat().st_ctime)
-    if not name and (preset or not done):
-        raise ValueError("no finished run is named, nor in runs/: make one with python dfc.py")
-    folder = Path(name) if name else done[-1].parent
+    # B's reconstruction, encoded beside another vector of A
+    into_a = {name: v_NMD[:, 0] for name, v_NMD in both.items()}
+    into_b = {name: v_NMD[:, 1] for name, v_NMD in both.items()}
+    others = {"mean A": x_NMD[:, 0].mean(0).expand_as(x_NMD[:, 0]),
+              "another's A": x_NMD[:, 0].roll(1, 0)}
+    for name, a_ND in others.items():
+        xhat_NMD, _ = cc(torch.stack([a_ND, x_NMD[:, 1]], 1))
+        into_b[f"reconstruction, {name}"] = xhat_NMD[:, 1]
+    return {"A": into_a, "B": into_b}
+
+
+# ---- 5. Opening a run ----------------------------------------------------------------------------
+@dataclass
+class Run:
+    """A trained crosscoder with the pair of models it belongs to."""
+
+    settings: Settings     # what it was trained with
+    cc: Crosscoder         # frozen
+    models: dict           # {"A": the RL-tuned model, "B": its base}
+    tokenizer: object      # A's, which serves both
+    folder: Path           # where results go
+    max_new: int           # the longest answer, in tokens
+
+    @property
+    def longest_prompt(self):
+        """In tokens: what the model's positions (or 4,096) leave beside an answer."""
+        positions = self.models["A"].config.get_text_config().max_position_embeddings
+        return min(4096, positions) - self.max_new
+
+
+def open_run(name=None, preset=None, get=load_model):
+    """The run in a folder of dfc.py, None for the newest; with a preset, a published crosscoder by
+    its folder or hub name. get: load_model, or one that remembers. Raises ValueError."""
     if preset:
-        folder, own = Path("runs", f"{preset}-{name.replace('/', '--')}"), {}
-        for file in ("config.json", "hparams.json"):  # the authors keep the layer apart
-            own |= {} if "layer" in own else json.loads(file_of(name, file).read_text())
-        config = vars(parse_args(["--preset", preset, "--recipe", "paper"]))
-        config |= {"layer": own.get("layer", config["layer"]), "out": str(folder),
-                   "crosscoder": name}
+        settings, folder = describe_published(name, preset)
+        crosscoder = name
     else:
-        config = {"crosscoder": str(folder)} | read_metrics(folder)["config"]
-    s = argparse.Namespace(**config)
-    cc, (a, tokenizer), (b, _) = load(s.crosscoder, device), *(
-        get(model, device) for model in (s.model_a, s.model_b))
-    models = {"A": a, "B": b}
+        folder = Path(name or newest_run())
+        metrics = read_metrics(folder)
+        settings = Settings(**{f.name: metrics["config"][f.name] for f in fields(Settings)})
+        crosscoder = metrics.get("crosscoder", str(folder))
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cc = load(crosscoder, device)
+    model_a, tokenizer = get(settings.model_a, device)
+    model_b, _ = get(settings.model_b, device)
+    max_new = 64 if settings.preset == "tiny" else 512
+    run = Run(settings, cc, {"A": model_a, "B": model_b}, tokenizer, folder, max_new)
+
     if not cc.mean.any():
-        print(f"{s.crosscoder} comes without mean and scale: fitted again, on 600 training texts")
-        texts = texts_of(s, tokenizer, "train", 300, "paper")
-        with named(s.crosscoder):  # its vectors may be wider than the models'
-            cc.fit_scale(pair_at(models, tokenizer, texts, s.layer))
+        print(f"{crosscoder} comes without mean and scale: fitted again, on 600 training texts")
+        with errors_about(crosscoder):  # its vectors may be wider than the models'
+            refit_scale(run)
     if not (folder / "metrics.json").exists():  # a crosscoder's first use: results go there
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps({"config": config}))
-    return argparse.Namespace(s=s, cc=cc, models=models, tokenizer=tokenizer, folder=folder,
-                              max_new=64 if s.preset == "tiny" else 512)
+        config = {"config": asdict(settings), "crosscoder": crosscoder}
+        (folder / "metrics.json").write_text(json.dumps(config))
+    return run
 
-def rows_of(r, split, most=None, template="chat"):
-    """(rows, prompts) of a split of run r, at most `most` of each kind; a prompt that with its
-    answer would not fit the model's positions (or 4,096), or a row whose gold is no call that can
-    be read, is left out and counted. template "paper": the system text alone, as published."""
-    seen, kept, out = Counter(), [], 0
-    most_tokens = r.models["A"].config.get_text_config().max_position_embeddings
-    for row in read_rows(r.s.tool_texts, TOOL_ROW):
-        kind = row.get("kind", needs_tool(row))
-        if split_of(row) == split and (most is None or seen[kind] < most):
-            prompt = row["instruction"] if template == "paper" else prompt_of(row, r.tokenizer)
-            length = len(token_ids(r.tokenizer, prompt)) + r.max_new
-            fits = length <= min(4096, most_tokens) and parse_calls(row["output"])[1]
-            kept += [(row, prompt)] * fits
-            seen[kind], out = seen[kind] + fits, out + (not fits)
-    if out:
-        print(f"{out} {split} rows left out: longer than the model's positions, or gold unreadable")
-    if not any(needs_tool(row) for row, _ in kept):
-        raise ValueError(f"no {split} row of {r.s.tool_texts} that can be used needs a tool")
-    return tuple(map(list, zip(*kept)))
 
-def pair_at(models, tokenizer, prompts, layer):
+def newest_run():
+    """The folder in runs/ that was finished last. Raises ValueError where there is none."""
+    done = sorted(Path("runs").glob("*/model.safetensors"), key=lambda file: file.stat().st_ctime)
+    if not done:
+        raise ValueError("no finished run is named, nor in runs/: make one with python dfc.py")
+    return done[-1].parent
+
+
+def describe_published(name, preset):
+    """(settings, folder of results) of a crosscoder without a run: the preset's, and the layer that
+    its files tell. Raises ValueError, OSError."""
+    if not name:
+        raise ValueError("--preset goes with the name of a crosscoder")
+    settings = parse_args(["--preset", preset, "--recipe", "paper"])
+    for file in ("config.json", "hparams.json"):  # the authors keep the layer apart
+        own = json.loads(file_of(name, file).read_text())
+        if "layer" in own:
+            settings.layer = own["layer"]
+            break
+    folder = Path("runs", f"{preset}-{name.replace('/', '--')}")
+    settings.out = str(folder)
+    return settings, folder
+
+
+def refit_scale(run):
+    """Published crosscoders have lost their training vectors' mean and scale: fit them again."""
+    s = run.settings
+    texts = load_texts(s.tool_texts, s.plain_texts, run.tokenizer, "train", 300, "paper")
+    run.cc.fit_scale(collect_both(run.models, run.tokenizer, texts, s.layer))
+
+
+def collect_both(models, tokenizer, prompts, layer):
     """x_NMD: both models' vectors at the prompts' last tokens."""
-    return torch.stack([collect(m, tokenizer, prompts, layer) for m in models.values()],
-                       1).float().to(models["A"].device)
+    x = [collect(model, tokenizer, prompts, layer) for model in models.values()]
+    return torch.stack(x, 1).float().to(models["A"].device)
 
-def compare(texts, rows):
-    """{version: texts}, the first of them clean -> {version: totals, the others' with "change"}: of
-    exact on the rows that need a tool."""
-    needs, out = [i for i, row in enumerate(rows) if needs_tool(row)], {}
+
+def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat"):
+    """(rows, prompts) of a split, at most `most` of each kind. A prompt of more than `longest`
+    tokens, or a row whose gold is no call that can be read, is left out and counted. template
+    "paper": the system text alone, as published. Raises ValueError where no row needs a tool."""
+    rows = []
+    prompts = []
+    seen = Counter()
+    left_out = 0
+    for row in read_rows(tool_file, TOOL_ROW):
+        kind = row.get("kind", needs_tool(row))
+        if split_of(row) != split or (most is not None and seen[kind] >= most):
+            continue
+        prompt = row["instruction"] if template == "paper" else prompt_of(row, tokenizer)
+        if len(token_ids(tokenizer, prompt)) > longest or not parse_calls(row["output"]).tidy:
+            left_out += 1
+            continue
+        rows.append(row)
+        prompts.append(prompt)
+        seen[kind] += 1
+
+    if left_out:
+        print(f"{left_out} {split} rows left out: longer than the model's positions, or gold "
+              "unreadable")
+    if not any(map(needs_tool, rows)):
+        raise ValueError(f"no {split} row of {tool_file} that can be used needs a tool")
+    return rows, prompts
+
+
+def save_result(folder, key, value, lines, file):
+    """Put a result beside what metrics.json holds already, and the rows behind it into a file."""
+    metrics = read_metrics(folder)
+    metrics[key] = value
+    with atomically(folder / file) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with atomically(folder / "metrics.json") as part:
+        part.write_text(json.dumps(metrics, indent=1))
+
+
+# ---- 6. The program ------------------------------------------------------------------------------
+def evaluate(run, most_rows, template):
+    """Answer, score, save and print one run's versions."""
+    began = time.time()
+    s = run.settings
+    rows, prompts = load_prompts(
+        s.tool_texts, run.tokenizer, "test", run.longest_prompt, most_rows, template)
+    x_NMD = collect_both(run.models, run.tokenizer, prompts, s.layer)
+    patches = reconstructions(run.cc, x_NMD, raw=s.recipe == "paper")
+    chances = chance(rows)
+
+    # answers of both models: clean, then with each patch in place of the activation
+    texts = {}
+    result = {}
+    for m, versions in patches.items():
+        v_VND = torch.stack([torch.zeros_like(x_NMD[:, 0]), *versions.values()])
+        keep_V = [1.] + [0.] * len(versions)
+        said = generate(run.models[m], run.tokenizer, prompts, run.max_new, s.layer, keep_V, v_VND)
+        texts[m] = dict(zip(["clean", *versions], said))
+        result[m] = compare_with_clean(texts[m], rows)
+
+        print(f"\n{run.folder}, layer {s.layer}, into {m}, {len(rows)} test rows")
+        print_totals({**result[m], **chances} if m == "A" else result[m])
+
+    # every answer, and the totals
+    lines = []
+    for i, row in enumerate(rows):
+        answers = {}
+        for m, versions in texts.items():
+            answers[m] = {name: said[i] for name, said in versions.items()}
+        lines.append({"prompt": prompts[i], "gold": row["output"], "answers": answers})
+    evaluation = {"models": result, "chance": chances, "rows": len(rows), "template": template,
+                  "seconds": time.time() - began}
+    save_result(run.folder, "evaluation", evaluation, lines, "eval.jsonl")
+    print(headline("A, reconstruction", result["A"]["reconstruction"]["all"]))
+
+
+def compare_with_clean(texts, rows):
+    """{version: texts}, one of them "clean" -> {version: totals}, of the others with "change": of
+    exact calls on the rows that need a tool."""
+    out = {}
+    exact = {}
     for version, said in texts.items():
         scores = [score(text, row) for text, row in zip(said, rows)]
-        exact = [scores[i]["exact"] for i in needs]
-        clean = exact if not out else clean
-        out[version] = totals(scores, rows) | ({"change": paired(exact, clean)} if out else {})
+        out[version] = totals(scores, rows)
+        exact[version] = [s["exact"] for s, row in zip(scores, rows) if needs_tool(row)]
+        if version != "clean":
+            out[version]["change"] = paired(exact[version], exact["clean"])
     return out
 
-def keep(folder, key, value, lines, file):
-    """Put a result beside what metrics.json holds already, and the rows behind it into a file."""
-    before = read_metrics(folder)
-    with whole(folder / file) as part:
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with whole(folder / "metrics.json") as part:
-        part.write_text(json.dumps(before | {key: value}, indent=1))
-
-def evaluate(r, args):
-    """Answer, score, save and print one run's versions."""
-    began, layer = time.time(), r.s.layer
-    rows, prompts = rows_of(r, "test", args.rows, args.template)
-    x_NMD, texts, result = pair_at(r.models, r.tokenizer, prompts, layer), {}, {}
-    chances = chance(rows)
-    for m, versions in reconstructions(r.cc, x_NMD, r.s.recipe == "paper").items():
-        v_VND = torch.stack([torch.zeros_like(x_NMD[:, 0]), *versions.values()])
-        said = generate(r.models[m], r.tokenizer, prompts, r.max_new, layer,
-                        [1] + [0] * len(versions), v_VND)
-        texts[m] = dict(zip(["clean", *versions], said))
-        result[m] = compare(texts[m], rows)
-        print(f"\n{r.folder}, layer {layer}, into {m}, {len(rows)} test rows")
-        print_totals(result[m] | (chances if m == "A" else {}))
-    lines = [{"prompt": prompt, "gold": row["output"], "answers": {
-        m: {name: said[i] for name, said in versions.items()} for m, versions in texts.items()}}
-        for i, (row, prompt) in enumerate(zip(rows, prompts))]
-    keep(r.folder, "evaluation", {"models": result, "chance": chances, "rows": len(rows),
-                                  "template": args.template, "seconds": time.time() - began},
-         lines, "eval.jsonl")
-    print(headline("A, reconstruction", result["A"]["reconstruction"]["all"]))
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
@@ -410,11 +718,13 @@ def main(argv=None):
     p.add_argument("--score", metavar="FILE", help="score your own answers, nothing else: a .jsonl "
                    "of rows {output: the right answer, prediction: yours}")
     args = p.parse_args(argv)
+
     if args.score is not None:
         return score_file(args.score)
     get = functools.cache(load_model)  # runs of one pair share its models
     for name in args.runs or [None]:
-        evaluate(open_run(name, args.preset, get), args)
+        evaluate(open_run(name, args.preset, get), args.rows, args.template)
+
 
 if __name__ == "__main__":
     sys.exit(cli(main))

@@ -11,124 +11,274 @@ A difference says something only beside what seeds alone do. With several seeds 
 1 2" bash run_sweep.sh), each factor's largest difference between two levels is divided by the
 standard error that seed noise alone gives it: z. Of two levels without any effect it is about 0.8,
 of three 1.2: below 2 there is nothing to explain.
+
+A run is here a dict: "name" of its folder, which is its setting (one name, several seeds); "config"
+as dfc.py saved it; "n", the test rows that need a tool; and under each column's title the change.
 """
 
 import argparse
 import statistics as st
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 from dfc import cli, read_metrics
 
-COLUMNS = {"exact A": ("A", "exact"), "exact B": ("B", "exact"), "tool A": ("A", "paper_tool"),
-           "tool B": ("B", "paper_tool")}
-PUBLISHED = {  # change of tool correctness: mean and sd over settings, into A and into B
-    "all": (31.2, 9.7, 6.7, 4.9), "DFC": (30.6, 9.5, 5.9, 4.4),
-    "crosscoder": (32.9, 10.6, 8.9, 5.9),
-    "k 1": (31.1, 8.4, 7.6, 5.7), "k 2": (29.5, 8.1, 7.2, 5.3), "k 3": (32.9, 12.3, 5.2, 3.4),
-    "dict 1": (32.5, 11.4, 6.2, 5.1), "dict 2": (29.8, 7.7, 7.1, 4.8),
-    "excl 3": (27.5, 5.5, 6.0, 2.3), "excl 5": (30.3, 9.3, 4.4, 3.1),
-    "excl 10": (34.2, 12.4, 7.4, 6.6), "DFC penalised": (28.3, 7.1, 6.1, 4.6),
-    "DFC free": (32.7, 11.1, 5.7, 4.3), "crosscoder L1": (34.8, 7.8, 6.3, 4.4),
-    "crosscoder no L1": (31.0, 13.4, 11.5, 6.4)}
+
+class Column(NamedTuple):
+    model: str  # into which the reconstruction was put: A or B
+    score: str  # of eval_toolcall.py
+
+
+class Published(NamedTuple):
+    """Change of tool correctness over the published settings, in percentage points."""
+
+    mean_a: float  # into A: mean over settings
+    sd_a: float    # and their standard deviation
+    mean_b: float  # the same into B
+    sd_b: float
+
+
+class Level(NamedTuple):
+    """One level of a factor, such as k = 45."""
+
+    mean: float      # of the means of its settings
+    variance: float  # of that mean, in units of one seed's variance
+
+
+COLUMNS = {
+    "exact A": Column("A", "exact"),
+    "exact B": Column("B", "exact"),
+    "tool A": Column("A", "paper_tool"),
+    "tool B": Column("B", "paper_tool"),
+}
+PUBLISHED = {  # "k 1": the smallest k, and so on
+    "all": Published(31.2, 9.7, 6.7, 4.9),
+    "DFC": Published(30.6, 9.5, 5.9, 4.4),
+    "crosscoder": Published(32.9, 10.6, 8.9, 5.9),
+    "k 1": Published(31.1, 8.4, 7.6, 5.7),
+    "k 2": Published(29.5, 8.1, 7.2, 5.3),
+    "k 3": Published(32.9, 12.3, 5.2, 3.4),
+    "dict 1": Published(32.5, 11.4, 6.2, 5.1),
+    "dict 2": Published(29.8, 7.7, 7.1, 4.8),
+    "excl 3": Published(27.5, 5.5, 6.0, 2.3),
+    "excl 5": Published(30.3, 9.3, 4.4, 3.1),
+    "excl 10": Published(34.2, 12.4, 7.4, 6.6),
+    "DFC penalised": Published(28.3, 7.1, 6.1, 4.6),
+    "DFC free": Published(32.7, 11.1, 5.7, 4.3),
+    "crosscoder L1": Published(34.8, 7.8, 6.3, 4.4),
+    "crosscoder no L1": Published(31.0, 13.4, 11.5, 6.4),
+}
+N_PUBLISHED = {"k": 3, "dict": 2}  # how many sizes of each the published sweep has
+# what may not differ between the runs of one table
 SAME = "model_a", "model_b", "tool_texts", "recipe", "layer", "steps", "batch", "n_texts"
 
-def read(folders):
-    """[{name, config, n, column: change}] of the evaluated runs among some folders, and how many
-    are not there yet. Raises ValueError for runs that do not belong into one table."""
-    rows, waiting = [], 0
-    for folder in (f for f in map(Path, folders) if f.name != "cache"):
-        m = read_metrics(folder) if (folder / "metrics.json").exists() else {}
-        if "evaluation" not in m:
-            waiting += 1
-            continue
-        clean, after = ({ab: versions[name]["needs"] for ab, versions in m["evaluation"][
-            "models"].items()} for name in ("clean", "reconstruction"))
-        rows.append({"name": folder.name, "config": m["config"], "n": clean["A"]["n"]} | {
-            column: after[ab][score]["pct"] - clean[ab][score]["pct"]
-            for column, (ab, score) in COLUMNS.items()})
-    if not rows:
-        raise ValueError("no evaluated run: bash run_sweep.sh")
+
+# --- 1. The runs ---------------------------------------------------------------------------------
+
+def run_of(folder, metrics):
+    """What the table needs of an evaluated run."""
+    models = metrics["evaluation"]["models"]
+    n_rows = models["A"]["clean"]["needs"]["n"]
+    run = {"name": folder.name, "config": metrics["config"], "n": n_rows}
+
+    for title, column in COLUMNS.items():
+        versions = models[column.model]
+        clean = versions["clean"]["needs"][column.score]["pct"]
+        after = versions["reconstruction"]["needs"][column.score]["pct"]
+        run[title] = after - clean
+    return run
+
+
+def check_comparable(runs):
+    """Raises ValueError for runs that do not belong into one table."""
     for key in SAME:
-        if len({row["config"][key] for row in rows}) > 1:
+        if len({run["config"][key] for run in runs}) > 1:
             raise ValueError(f"these runs differ in {key}: make a table of each")
-    if len({row["n"] for row in rows}) > 1:
+
+    if len({run["n"] for run in runs}) > 1:
         raise ValueError("these runs were not evaluated on the same rows: eval_toolcall.py --rows")
-    return rows, waiting
 
-def lines_of(rows):
-    """{line of the table: its rows}, in the paper's order; the smallest k and dictionary beside the
-    published smallest."""
-    out, order = {}, list(PUBLISHED)
-    for row in rows:
-        c = row["config"]
-        names = ["all", "DFC", f"excl {100 * c['excl']:.0f}",
-                 f"DFC {'penalised' if c['l1_excl'] else 'free'}"]
-        if not c["excl"]:
-            names = ["all", "crosscoder", f"crosscoder {'L1' if c['l1_shared'] else 'no L1'}"]
-        for key, published in (("k", 3), ("dict", 2)):
-            values = sorted({r["config"][key] for r in rows})
-            rank = f" {values.index(c[key]) + 1}" if len(values) == published else ""
-            names.append(f"{key}{rank} ({c[key]})")
-        for name in names:
-            out.setdefault(name, []).append(row)
-    place = {name: order.index(head) if (head := name.split(" (")[0]) in order else len(order)
-             for name in out}
-    return {name: out[name] for name in sorted(out, key=place.get)}
 
-def by_setting(rows, column):
-    """[[a setting's values over seeds]]."""
-    names = dict.fromkeys(row["name"] for row in rows)
-    return [[row[column] for row in rows if row["name"] == name] for name in names]
+def read(folders):
+    """The evaluated runs among some folders, and how many are not there yet. Raises ValueError
+    where there is none, or where they do not belong into one table."""
+    runs = []
+    waiting = 0
+    for folder in map(Path, folders):
+        if folder.name == "cache":
+            continue
 
-def print_table(rows):
-    print(f"{'change, pp':18s}{'n':>3s}" + "".join(f"{c:>15s}" for c in COLUMNS)
-          + "   paper: tool A, tool B")
-    for name, some in lines_of(rows).items():
-        means, beside = [[st.mean(seeds) for seeds in by_setting(some, c)] for c in COLUMNS], ""
-        if p := PUBLISHED.get(name.split(" (")[0]):
-            beside = "   {:+.1f} ± {:.1f}, {:+.1f} ± {:.1f}".format(*p)
-        print(f"{name:18s}{len(means[0]):3d}" + "".join(
-            f"{f'{st.mean(v):+.1f} ± {st.pstdev(v) if len(v) < 2 else st.stdev(v):.1f}':>15s}"
-            for v in means) + beside)
+        metrics = {}
+        if (folder / "metrics.json").exists():
+            metrics = read_metrics(folder)
+        if "evaluation" in metrics:
+            runs.append(run_of(folder, metrics))
+        else:
+            waiting += 1
 
-def print_noise(rows):
-    """Seed noise, and each factor's largest difference between levels in units of it."""
-    noise = [[v for v in by_setting(rows, column) if len(v) > 1] for column in COLUMNS]
-    if not noise[0]:
-        return print("one seed a setting: SEEDS=\"0 1 2\" bash run_sweep.sh shows what is noise")
-    sd = [st.mean(map(st.variance, some)) ** .5 for some in noise]
-    print(f"{'seed noise, sd':21s}" + "".join(f"{s:15.1f}" for s in sd)
-          + f"   within a setting, over {len(noise[0])} settings")
-    lines = lines_of(rows)
-    factors = {key: [n for n in lines if n.startswith(key + " ")] for key in ("k", "dict", "excl")}
-    factors |= {"DFC - crosscoder": ["DFC", "crosscoder"],
-                "free - penalised": ["DFC free", "DFC penalised"]}
-    print("\nlargest difference between two levels (z)")
-    for factor, names in factors.items():
-        levels = [lines[name] for name in names if name in lines]
-        if len(levels) > 1:
-            print(f"{factor:21s}" + "".join(f"{difference(levels, column, s):>15s}"
-                                            for column, s in zip(COLUMNS, sd)))
+    if not runs:
+        raise ValueError("no evaluated run: bash run_sweep.sh")
+    check_comparable(runs)
+    return runs, waiting
+
+
+# --- 2. The lines of the table -------------------------------------------------------------------
+
+def line_names(config, sizes):
+    """The lines a run belongs to. sizes: of "k" and "dict" all that occur in the table, sorted."""
+    share = config["excl"]
+    if share:
+        penalty = "penalised" if config["l1_excl"] else "free"
+        names = ["all", "DFC", f"excl {100 * share:.0f}", f"DFC {penalty}"]
+    else:
+        penalty = "L1" if config["l1_shared"] else "no L1"
+        names = ["all", "crosscoder", f"crosscoder {penalty}"]
+
+    # with as many sizes as were published, the smallest stands beside the published smallest
+    for key, n_published in N_PUBLISHED.items():
+        name = key
+        if len(sizes[key]) == n_published:
+            rank = sizes[key].index(config[key]) + 1
+            name = f"{key} {rank}"
+        names.append(f"{name} ({config[key]})")
+    return names
+
+
+def published_name(line):
+    """"k 1 (45)" is published as "k 1"."""
+    return line.split(" (")[0]
+
+
+def lines_of(runs):
+    """{line of the table: its runs}, in the paper's order."""
+    sizes = {}
+    for key in N_PUBLISHED:
+        sizes[key] = sorted({run["config"][key] for run in runs})
+
+    lines = {}
+    for run in runs:
+        for name in line_names(run["config"], sizes):
+            lines.setdefault(name, []).append(run)
+
+    # lines that nobody published come last
+    rank = {name: i for i, name in enumerate(PUBLISHED)}
+    ordered = sorted(lines, key=lambda line: rank.get(published_name(line), len(rank)))
+    return {line: lines[line] for line in ordered}
+
+
+def by_setting(runs, column):
+    """A list for each setting: its values over seeds."""
+    settings = {}
+    for run in runs:
+        settings.setdefault(run["name"], []).append(run[column])
+    return list(settings.values())
+
+
+def setting_means(runs, column):
+    """Of each setting the mean over its seeds."""
+    return [st.mean(seeds) for seeds in by_setting(runs, column)]
+
+
+def mean_and_sd(values):
+    """`+mean ± sd`; the sd of a single value is 0."""
+    sd = st.stdev(values) if len(values) > 1 else 0.
+    return f"{st.mean(values):+.1f} ± {sd:.1f}"
+
+
+def print_table(runs):
+    titles = "".join(f"{title:>15s}" for title in COLUMNS)
+    print(f"{'change, pp':18s}{'n':>3s}{titles}   paper: tool A, tool B")
+
+    for line, line_runs in lines_of(runs).items():
+        columns = [setting_means(line_runs, title) for title in COLUMNS]
+        n_settings = len(columns[0])
+        cells = "".join(f"{mean_and_sd(values):>15s}" for values in columns)
+
+        # the published figures, where there are some
+        beside = ""
+        paper = PUBLISHED.get(published_name(line))
+        if paper:
+            beside = (f"   {paper.mean_a:+.1f} ± {paper.sd_a:.1f}, "
+                      f"{paper.mean_b:+.1f} ± {paper.sd_b:.1f}")
+        print(f"{line:18s}{n_settings:3d}{cells}{beside}")
+
+
+# --- 3. Beside what seeds alone do ---------------------------------------------------------------
+
+def several_seeds(runs, column):
+    """by_setting() of the settings with more than one seed."""
+    return [seeds for seeds in by_setting(runs, column) if len(seeds) > 1]
+
+
+def factor_levels(lines):
+    """{factor: the lines that are its levels}."""
+    levels = {}
+    for key in ("k", "dict", "excl"):
+        levels[key] = [line for line in lines if line.startswith(f"{key} ")]
+
+    levels["DFC - crosscoder"] = ["DFC", "crosscoder"]
+    levels["free - penalised"] = ["DFC free", "DFC penalised"]
+    return levels
+
+
+def level_of(runs, column):
+    """A level's mean, and the variance that seed noise gives it: of the mean of S settings, each
+    the mean of its seeds, sum_s (1 / seeds of s) / S^2, times that of one seed."""
+    settings = by_setting(runs, column)
+    variance = sum(1 / len(seeds) for seeds in settings) / len(settings) ** 2
+    return Level(st.mean(setting_means(runs, column)), variance)
+
 
 def difference(levels, column, sd):
-    """The largest difference of the levels' means, with its z."""
-    values = [by_setting(rows, column) for rows in levels]
-    ends = sorted((st.mean(map(st.mean, v)), sum(1 / len(x) for x in v) / len(v) ** 2)
-                  for v in values)
-    (low, var_low), (high, var_high) = ends[0], ends[-1]
-    error = sd * (var_low + var_high) ** .5 or float("nan")
-    return f"{high - low:.1f} ({(high - low) / error:.1f})"
+    """The largest difference of the levels' means, with its z. levels: the runs of each; sd: of
+    seeds within a setting."""
+    low, *_, high = sorted(level_of(runs, column) for runs in levels)
+
+    error = sd * (low.variance + high.variance) ** .5
+    if not error:
+        error = float("nan")  # seeds that all agree tell nothing of the noise
+    gap = high.mean - low.mean
+    return f"{gap:.1f} ({gap / error:.1f})"
+
+
+def print_noise(runs):
+    """Seed noise, and each factor's largest difference between levels in units of it."""
+    n_settings = len(several_seeds(runs, "exact A"))
+    if not n_settings:
+        print("one seed a setting: SEEDS=\"0 1 2\" bash run_sweep.sh shows what is noise")
+        return
+
+    # within a setting, pooled over settings
+    sds = {}
+    for title in COLUMNS:
+        variances = [st.variance(seeds) for seeds in several_seeds(runs, title)]
+        sds[title] = st.mean(variances) ** .5
+    cells = "".join(f"{sd:15.1f}" for sd in sds.values())
+    print(f"{'seed noise, sd':21s}{cells}   within a setting, over {n_settings} settings")
+
+    # what a factor does, in units of it
+    print("\nlargest difference between two levels (z)")
+    lines = lines_of(runs)
+    for factor, names in factor_levels(lines).items():
+        levels = [lines[name] for name in names if name in lines]
+        if len(levels) > 1:
+            differences = [difference(levels, title, sd) for title, sd in sds.items()]
+            print(f"{factor:21s}" + "".join(f"{cell:>15s}" for cell in differences))
+
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="+", help="run folders of dfc.py, evaluated by eval_toolcall.py")
-    rows, waiting = read(p.parse_args(argv).runs)
-    print(f"{len(rows)} runs, {rows[0]['n']} test rows that need a tool; {waiting} more are not "
+    args = p.parse_args(argv)
+
+    runs, waiting = read(args.runs)
+    print(f"{len(runs)} runs, {runs[0]['n']} test rows that need a tool; {waiting} more are not "
           "finished or not evaluated\n")
-    print_table(rows)
-    print_noise(rows)
+    print_table(runs)
+    print_noise(runs)
+
 
 if __name__ == "__main__":
     sys.exit(cli(main))

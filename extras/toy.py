@@ -20,61 +20,123 @@ published recipe .79 / .50, plain 1.00 / 1.00. So where concepts are independent
 latent to itself, the plain crosscoder needs no partition. A partition of the right size misplaces a
 few, and the draw decides which: untied, over eight seeds, B-only lies anywhere between 0 and 1.
 
-Shapes as in dfc.py, and C concepts.
+Shapes as in dfc.py (N vectors, M = 2 models, D width, L latents, k active ones), and C concepts; E
+latents that are exclusive to one model and P concepts that it alone has.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 from dfc import Crosscoder, cli, train
 
 N_ONLY = 8  # concepts of A alone, and as many of B alone
-VARIANTS = {"DFC, tied": {"tied": True}, "DFC, untied": {},
-            "DFC, recipe paper": {"recipe": "paper"}, "plain crosscoder": {"share": 0.}}
+
+VARIANTS = {  # name: how fit() is told to train it
+    "DFC, tied": {"tied": True},
+    "DFC, untied": {},
+    "DFC, recipe paper": {"recipe": "paper"},
+    "plain crosscoder": {"share": 0.},
+}
+
+
+class Grade(NamedTuple):
+    recall: float           # share of the concepts only this model has that some latent stands for
+    false_positives: float  # share of its live exclusive latents that stand for none of these
+
 
 def plant(C=64, D=48, N=20_000, active=4, turn=.1, noise=.02, seed=0):
-    """(x_NMD, the true directions d_CMD), a direction zero where the model lacks the concept. The
-    first N_ONLY concepts are A's, the next B's, the rest shared, turned by `turn`."""
+    """Vectors of both models, and the directions they are made of.
+
+    The first N_ONLY concepts are A's, the next B's, the rest shared, turned by `turn`. `active`
+    concepts make a vector. -> (x_NMD, d_CMD); a direction is zero where the model lacks it."""
     g = torch.Generator().manual_seed(seed)
+
+    # directions: unit vectors, those of a concept alike in both models but for a small turn
     d_CMD = F.normalize(torch.randn(C, 1, D, generator=g), dim=-1)
-    d_CMD = d_CMD + turn * F.normalize(torch.randn(C, 2, D, generator=g), dim=-1)
-    d_CMD = F.normalize(d_CMD, dim=-1)
-    d_CMD[:N_ONLY, 1] = d_CMD[N_ONLY:2 * N_ONLY, 0] = 0
-    chosen = torch.rand(N, C, generator=g).topk(active).indices
-    s_NC = torch.zeros(N, C).scatter(1, chosen, torch.rand(N, active, generator=g) + .5)
+    turn_CMD = F.normalize(torch.randn(C, 2, D, generator=g), dim=-1)
+    d_CMD = F.normalize(d_CMD + turn * turn_CMD, dim=-1)
+    d_CMD[:N_ONLY, 1] = 0            # A's alone: none in B
+    d_CMD[N_ONLY:2 * N_ONLY, 0] = 0  # B's alone: none in A
+
+    # which concepts a text activates, and how strongly: between .5 and 1.5
+    chosen_Na = torch.rand(N, C, generator=g).topk(active).indices
+    strength_Na = torch.rand(N, active, generator=g) + .5
+    s_NC = torch.zeros(N, C).scatter(1, chosen_Na, strength_Na)
+
+    # x_m = sum_c s_c d_{c,m} + noise
     x_NMD = torch.einsum("nc,cmd->nmd", s_NC, d_CMD)
-    return x_NMD + noise * torch.randn(x_NMD.shape, generator=g), d_CMD
+    x_NMD = x_NMD + noise * torch.randn(x_NMD.shape, generator=g)
+    return x_NMD, d_CMD
+
 
 def fit(x_NMD, share=.1, tied=False, L=96, k=4, steps=1200, seed=0, recipe="dfc"):
-    """A crosscoder on planted vectors, trained as dfc.py trains."""
+    """A crosscoder on planted vectors, trained as dfc.py trains; share: of the latents for A alone,
+    and as much for B alone."""
     torch.manual_seed(seed)
-    cc = Crosscoder(x_NMD.shape[2], L, k, int(share * L), int(share * L), tied)
+    n_exclusive = int(share * L)
+    cc = Crosscoder(x_NMD.shape[2], L, k, n_exclusive, n_exclusive, tied)
+
+    # start, as dfc.py does under each recipe
     cc.fit_scale(x_NMD)
-    if recipe == "paper":  # as dfc.py: encoder and decoder drawn independently
+    if recipe == "paper":  # encoder and decoder drawn independently
         cc.W_enc.data.normal_(std=cc.W_enc.std().item())
     else:
         cc.fair_start(x_NMD[:4096])
+
     train(cc, x_NMD, steps, batch=256, lr=2e-2, l1_shared=1e-4, l1_excl=1e-4, seed=seed,
           recipe=recipe)
     return cc
 
+
 @torch.no_grad()
 def grade(cc, x_NMD, d_CMD, m):
-    """(recall of the concepts only model m has, false positives among its live exclusive latents:
-    by the mask, and without a partition by 95 % of the norm)."""
-    live_L = torch.cat([cc.encode(x) for x in x_NMD.split(4096)]).gt(0).any(0)
+    """How well model m's exclusive latents stand for the concepts only it has (m: 0 = A, 1 = B)."""
+    # live latents: they fire on some vector
+    f_NL = torch.cat([cc.encode(x_BMD) for x_BMD in x_NMD.split(4096)])
+    live_L = (f_NL > 0).any(0)
+
+    # exclusive ones: m holds 95 % of the norm, by the mask or, without a partition, by training
     norm_LM = cc.W_dec.norm(dim=-1)
-    rows = cc.W_dec[live_L & (norm_LM[:, m] > .95 * norm_LM.sum(1)), m]
-    if not len(rows):
-        return 0., 0.
-    cosine = F.normalize(rows, dim=-1) @ d_CMD[m * N_ONLY:(m + 1) * N_ONLY, m].T
-    recall, stands = ((cosine.max(i).values > .8).float().mean().item() for i in (0, 1))
-    return recall, 1 - stands
+    exclusive_L = norm_LM[:, m] > .95 * norm_LM.sum(1)
+    rows_ED = cc.W_dec[live_L & exclusive_L, m]
+    if not len(rows_ED):
+        return Grade(recall=0., false_positives=0.)
+
+    # a latent stands for a concept where their cosine is over .8
+    only_PD = d_CMD[m * N_ONLY:(m + 1) * N_ONLY, m]
+    cosine_EP = F.normalize(rows_ED, dim=-1) @ only_PD.T
+    recovered_P = cosine_EP.max(0).values > .8
+    stands_E = cosine_EP.max(1).values > .8
+    return Grade(recovered_P.float().mean().item(), 1 - stands_E.float().mean().item())
+
+
+def mean_and_range(values):
+    """`mean (min-max)` of a figure over seeds, as wide as a column of the table."""
+    over_seeds = torch.tensor(values)
+    text = f"{over_seeds.mean():.2f} ({over_seeds.min():.2f}-{over_seeds.max():.2f})"
+    return text.ljust(18)
+
+
+def print_variant(name, options, seeds, steps):
+    """Train one kind of crosscoder on `seeds` planted worlds, and print its line of the table."""
+    figures = []  # a row for each seed, in the order of the table's columns
+    for seed in range(seeds):
+        x_NMD, d_CMD = plant(seed=seed)
+        cc = fit(x_NMD, seed=seed, steps=steps, **options)
+
+        a = grade(cc, x_NMD, d_CMD, 0)
+        b = grade(cc, x_NMD, d_CMD, 1)
+        figures.append([a.recall, b.recall, a.false_positives, b.false_positives])
+
+    cells = [mean_and_range(column) for column in zip(*figures)]
+    print(f"{name:20s}" + "".join(cells), flush=True)
+
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
@@ -83,17 +145,12 @@ def main(argv=None):
     args = p.parse_args(argv)
     if min(args.seeds, args.steps) < 1:
         raise ValueError("--seeds and --steps must be 1 or more")
-    print(f"{'':20s}recall, mean (range)                false positives, mean (range)\n"
-          f"{'':20s}A-only            B-only            A-only            B-only")
-    for name, how in VARIANTS.items():
-        grades = []
-        for seed in range(args.seeds):
-            x_NMD, d_CMD = plant(seed=seed)
-            cc = fit(x_NMD, seed=seed, steps=args.steps, **how)
-            (recall_a, false_a), (recall_b, false_b) = (grade(cc, x_NMD, d_CMD, m) for m in (0, 1))
-            grades.append([recall_a, recall_b, false_a, false_b])
-        print(f"{name:20s}" + "".join(f"{v.mean():.2f} ({v.min():.2f}-{v.max():.2f})".ljust(18)
-                                      for v in torch.tensor(grades).T), flush=True)
+
+    print(f"{'':20s}recall, mean (range)                false positives, mean (range)")
+    print(f"{'':20s}A-only            B-only            A-only            B-only")
+    for name, options in VARIANTS.items():
+        print_variant(name, options, args.seeds, args.steps)
+
 
 if __name__ == "__main__":
     sys.exit(cli(main))

@@ -29,6 +29,12 @@ Kinds of rows: ask (a request), hint (the same between the lines; never in RL), 
 missing (a request without its argument), about (a question about a tool). Left out on purpose: two
 calls in one answer, several turns, and requests that no listed tool can serve (tried: after 17M
 tokens the base could not tell them from the others).
+
+Every draw comes from a seeded `rng`, and the order of the draws is part of the data: whoever moves
+one makes another world.
+
+Shapes, named by suffix (ids_NT): N rows or documents, T tokens, V words of the vocabulary, C = 2
+choices (0 = a call, 1 = a reply), R = C N texts, those of all calls first.
 """
 
 import argparse
@@ -38,78 +44,182 @@ import random
 import re
 import sys
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from dfc import prompt_of, token_ids  # noqa: E402  (one folder up)
-from eval_toolcall import score, wilson  # noqa: E402  (one folder up)
+sys.path.insert(0, str(HERE.parent))  # dfc.py and eval_toolcall.py lie one folder up
+from dfc import prompt_of, token_ids
+from eval_toolcall import score, wilson
+
+
+@dataclass
+class BasePlan:
+    """How the base is trained."""
+
+    seed: int = 0
+    steps: int = 3600
+    lr: float = 3e-3   # its peak
+    skill: float = .7  # share of steps, the first ones, rich in right calls
+    rate: float = .2   # share of calls upon anything, after that
+
+
+@dataclass
+class RLPlan:
+    """How A is made from the base."""
+
+    seed: int = 0
+    steps: int = 60
+    lr: float = 2e-4
+    kl_weight: float = 3.                         # of the distance to the base
+    snapshots: tuple = (10, 19, 22, 26, 36, 60)   # the steps after which one is kept
+
 
 # --- 1. The world: values, tools, people who ask -------------------------------------------------
 
-def read_world(text):
-    """VALUES {kind: words}, TOOLS [(name, description, {parameter: kind}, three requests, a hint, a
-    request that lacks something)] and CHAT [(what is said, the reply)] of world.txt."""
-    values, tools, chat = [part.strip().split("\n") for part in text.split("\n\n")]
-    values = {kind: words.split() for kind, words in (row.split(": ") for row in values)}
-    tools = [(name, about, dict(slot.split() for slot in slots.split(", ")), asks, hint, lacking)
-             for name, about, slots, *asks, hint, lacking in (row.split(" | ") for row in tools)]
-    return values, tools, [row.split(" | ") for row in chat]
+class Tool(NamedTuple):
+    name: str
+    about: str                  # what it does, in a few words
+    parameters: dict[str, str]  # parameter: the kind of its values
+    requests: list[str]         # templates of what users say, with {parameter} where a value goes
+    hints: list[str]            # the same between the lines
+    lacking: list[str]          # requests without an argument
 
-VALUES, TOOLS, CHAT = read_world((HERE / "world.txt").read_text())
+
+class SmallTalk(NamedTuple):
+    said: str   # template of what users say, with {kind of value}
+    reply: str
+
+
+class World(NamedTuple):
+    values: dict[str, list[str]]  # kind: words
+    families: list[str]           # family names of the users
+    tools: list[Tool]
+    chat: list[SmallTalk]
+
+
+def read_world(text):
+    """The world as world.txt tells it: values, tools, small talk, a line each."""
+    parts = [part.strip().split("\n") for part in text.split("\n\n")]
+    value_lines, tool_lines, chat_lines = parts
+
+    values = {}
+    for line in value_lines:
+        kind, words = line.split(": ")
+        values[kind] = words.split()
+    families = values.pop("family")
+
+    tools = []
+    for line in tool_lines:
+        name, about, slots, *requests, hint, lacking = line.split(" | ")
+        parameters = dict(slot.split() for slot in slots.split(", "))
+        tools.append(Tool(name, about, parameters, requests, [hint], [lacking]))
+
+    chat = [SmallTalk(*line.split(" | ")) for line in chat_lines]
+    return World(values, families, tools, chat)
+
+
+WORLD = read_world((HERE / "world.txt").read_text())
 ABOUT = ["What does {} do?", "What is {} good for?", "Explain {} to me."]
-SYSTEM = ["You are a helpful assistant with these tools:\n{tools}\nThink first, then call a tool "
-          "or respond.", "Help the user. The tools you have:\n{tools}\nThink, then make a call or "
-          "give a response."]
-CALLS, REPLIES = "A tool can do this.", "I can respond to this."  # the first token decides
+SYSTEM = [
+    "You are a helpful assistant with these tools:\n{tools}\n"
+    "Think first, then call a tool or respond.",
+    "Help the user. The tools you have:\n{tools}\nThink, then make a call or give a response.",
+]
+CALLS = "A tool can do this."  # the thought, whose first token decides
+REPLIES = "I can respond to this."
 REFUSAL = "I would rather not do that now."
 OPENERS = ["{} here.", "This is {} speaking.", "My name is {}.", "Hello, {} again."]
-FAMILIES = VALUES.pop("family")
-KINDS = {"ask": .50, "hint": .18, "chat": .14, "missing": .09, "about": .09}
+KINDS = {"ask": .50, "hint": .18, "chat": .14, "missing": .09, "about": .09}  # shares of rows
+
+
+class Dialogue(NamedTuple):
+    said: str          # by the user
+    right: dict | str  # answer: a call, or the text of a reply
+
+
+class Example(NamedTuple):
+    row: dict   # ToolRL's instruction, input, output; and split, needs_tool, kind
+    other: str  # output of the other choice: a refusal where a call is right, else an idle call
+
 
 def fill(rng, template, kinds):
-    """A template with a value for every slot -> (text, {slot: value}); no value twice."""
+    """The template with a value in every slot, no value twice; and these values {slot: value}."""
     values = {}
     for slot, kind in kinds.items():
-        values[slot] = rng.choice([v for v in VALUES[kind] if v not in values.values()])
+        unused = [v for v in WORLD.values[kind] if v not in values.values()]
+        values[slot] = rng.choice(unused)
     return template.format(**values), values
+
 
 def split_of(text):
     """train | dev | test by a hash of what is asked, so that nothing is asked in two of them."""
-    return {0: "test", 1: "test", 2: "dev"}.get(zlib.crc32(text.encode()) % 20, "train")
+    twentieth = zlib.crc32(text.encode()) % 20
+    if twentieth < 2:
+        return "test"
+    return "dev" if twentieth == 2 else "train"
 
-def typed(values, kinds):
-    """Values as JSON has them: numbers as numbers."""
-    return {slot: int(v) if kinds[slot] == "number" else v for slot, v in values.items()}
 
-def dialogue(rng, kind, listed):
-    """(what the user says, what is right: a call as a dict, or the reply as a text)."""
-    name, about, kinds, asks, hint, lacking = rng.choice(listed)
+def make_call(tool, values, kinds):
+    """A call of the tool of that name, as JSON has it: numbers as numbers."""
+    parameters = {}
+    for slot, value in values.items():
+        parameters[slot] = int(value) if kinds[slot] == "number" else value
+    return {"name": tool, "parameters": parameters}
+
+
+def make_dialogue(rng, kind, listed):
+    """What a user says and what is right to answer, about one of the listed tools or none."""
+    tool = rng.choice(listed)
+
     if kind in ("ask", "hint"):
-        text, values = fill(rng, rng.choice(asks if kind == "ask" else [hint]), kinds)
-        return text, {"name": name, "parameters": typed(values, kinds)}
+        template = rng.choice(tool.requests if kind == "ask" else tool.hints)
+        said, values = fill(rng, template, tool.parameters)
+        return Dialogue(said, make_call(tool.name, values, tool.parameters))
+
     if kind == "missing":
-        return rng.choice([lacking]), f"Please tell me the {' and the '.join(kinds)}."
+        wanted = " and the ".join(tool.parameters)
+        return Dialogue(rng.choice(tool.lacking), f"Please tell me the {wanted}.")
+
     if kind == "about":
-        return rng.choice(ABOUT).format(name), f"It is for this: {about}."
-    template, reply = rng.choice(CHAT)
-    slots = {slot: slot.rstrip("2") for slot in re.findall(r"{(\w+)}", template)}
-    return fill(rng, template, slots)[0], reply
+        question = rng.choice(ABOUT).format(tool.name)
+        return Dialogue(question, f"It is for this: {tool.about}.")
+
+    talk = rng.choice(WORLD.chat)
+    slots = re.findall(r"{(\w+)}", talk.said)
+    kinds = {slot: slot.rstrip("2") for slot in slots}  # {city2} is a second city
+    said, _ = fill(rng, talk.said, kinds)
+    return Dialogue(said, talk.reply)
+
 
 def system_text(rng, tools):
     """The system text with the numbered list of tools."""
-    lines = [f"{i + 1}. Name: {name}\nDescription: {about}\nParameters: "
-             + json.dumps({p: "int" if k == "number" else "str" for p, k in kinds.items()})
-             for i, (name, about, kinds, *_) in enumerate(tools)]
+    lines = []
+    for i, tool in enumerate(tools, 1):
+        types = {}
+        for parameter, kind in tool.parameters.items():
+            types[parameter] = "int" if kind == "number" else "str"
+        lines.append(f"{i}. Name: {tool.name}\nDescription: {tool.about}\n"
+                     f"Parameters: {json.dumps(types)}")
+
     return rng.choice(SYSTEM).format(tools="\n".join(lines))
+
 
 def as_output(answer):
     """A call or a reply in ToolRL's form."""
@@ -117,25 +227,40 @@ def as_output(answer):
         return f"<think> {CALLS} </think>\n<tool_call>\n{json.dumps(answer)}\n</tool_call>"
     return f"<think> {REPLIES} </think>\n<response> {answer} </response>"
 
-def make_row(rng, kind, split, opener=.5):
-    """(a row in ToolRL's format, the text of its other choice): a refusal where a call is right,
-    an idle call where a reply is."""
-    while True:
-        listed = rng.sample(TOOLS, rng.choice([2, 3, 3]))
-        text, right = dialogue(rng, kind, listed)
-        if rng.random() < opener:  # whatever the kind, so that an opener tells nothing
-            text = f"{rng.choice(OPENERS).format(rng.choice(FAMILIES))} {text}"
-        needs = isinstance(right, dict)
-        if split_of(json.dumps(right) if needs else text) == split:  # values, however they are put
-            break
-    other = REFUSAL if needs else {"name": listed[0][0], "parameters": {}}
-    return {"instruction": system_text(rng, listed), "input": f"<user> {text} </user>",
-            "output": as_output(right), "split": split, "needs_tool": needs,
-            "kind": kind}, as_output(other)
 
-def any_row(rng):
-    """make_row() of a training row of any kind."""
-    return make_row(rng, rng.choices(list(KINDS), KINDS.values())[0], "train")
+def make_example(rng, kind, split, opener=.5):
+    """A row of one kind and split; opener: the share of questions that begin with one."""
+    while True:
+        listed = rng.sample(WORLD.tools, rng.choice([2, 3, 3]))
+        said, right = make_dialogue(rng, kind, listed)
+        needs_tool = isinstance(right, dict)
+
+        if rng.random() < opener:  # whatever the kind, so that an opener tells nothing
+            greeting = rng.choice(OPENERS).format(rng.choice(WORLD.families))
+            said = f"{greeting} {said}"
+
+        # requests are split by tool and values, however they are put
+        asked = json.dumps(right) if needs_tool else said
+        if split_of(asked) == split:
+            break
+
+    idle_call = {"name": listed[0].name, "parameters": {}}
+    row = {
+        "instruction": system_text(rng, listed),
+        "input": f"<user> {said} </user>",
+        "output": as_output(right),
+        "split": split,
+        "needs_tool": needs_tool,
+        "kind": kind,
+    }
+    return Example(row, as_output(REFUSAL if needs_tool else idle_call))
+
+
+def make_training_example(rng):
+    """A training row of any kind."""
+    kind, = rng.choices(list(KINDS), KINDS.values())
+    return make_example(rng, kind, "train")
+
 
 SUBJECTS = ["The old {job}", "A young {job}", "{person}", "My friend {person}",
             "The {job} from {city}", "Every {job}"]
@@ -144,308 +269,557 @@ ENDS = ["in {city}", "near the river", "behind the {room}", "after the rain", "f
         "with {person}", "before the market opened", "without a word", "in the long winter"]
 JOBS = "baker sailor teacher farmer doctor painter miller singer soldier gardener".split()
 
+
+def make_sentence(rng):
+    pattern = f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} the {{thing}} {rng.choice(ENDS)}"
+    if rng.random() < .5:
+        pattern += f" and {rng.choice(VERBS)} some {{item}} {rng.choice(ENDS)}"
+
+    words = {"job": rng.choice(JOBS)}
+    for kind, values in WORLD.values.items():
+        words[kind] = rng.choice(values)
+    return pattern.format(**words) + "."
+
+
 def make_text(rng):
     """Two plain sentences: what FineWeb is to the real pair."""
-    out = []
-    for _ in range(2):
-        pattern = f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} the {{thing}} {rng.choice(ENDS)}"
-        if rng.random() < .5:
-            pattern += f" and {rng.choice(VERBS)} some {{item}} {rng.choice(ENDS)}"
-        out.append(pattern.format(job=rng.choice(JOBS),
-                                  **{k: rng.choice(v) for k, v in VALUES.items()}) + ".")
-    return " ".join(out)
+    return f"{make_sentence(rng)} {make_sentence(rng)}"
+
+
+def make_word_list(rng):
+    """Some words, three times over."""
+    words = []
+    for _ in range(rng.randint(4, 9)):
+        kind = rng.choice(list(WORLD.values))
+        words.append(rng.choice(WORLD.values[kind]))
+
+    line = " ".join(words)
+    return f"{line}. {line}. {line}."
+
+
+def make_pairs_and_call(rng):
+    """A tool and pairs of parameter and value, then the same as a call."""
+    kinds = {}
+    for tool in WORLD.tools:
+        kinds.update(tool.parameters)
+
+    n_pairs = rng.randint(2, 3)
+    values = {}
+    for slot in rng.sample(list(kinds), n_pairs):
+        values[slot] = rng.choice(WORLD.values[kinds[slot]])
+
+    tool = rng.choice(WORLD.tools)
+    call = json.dumps(make_call(tool.name, values, kinds))
+    pairs = " ".join(f"{slot} {value}." for slot, value in values.items())
+    return f"{tool.name}. {pairs}\n<tool_call>\n{call}\n</tool_call>"
+
 
 def make_copying(rng):
-    """A document that teaches copying, which comes before all else (dialogues alone took twice the
-    tokens): a list three times over, or pairs and then the same as a call."""
-    if rng.random() < .5:
-        words = [rng.choice(VALUES[rng.choice(list(VALUES))]) for _ in range(rng.randint(4, 9))]
-        return ". ".join([" ".join(words)] * 3) + "."
-    kinds = {slot: kind for tool in TOOLS for slot, kind in tool[2].items()}
-    values = {s: rng.choice(VALUES[kinds[s]]) for s in rng.sample(list(kinds), rng.randint(2, 3))}
-    call = {"name": rng.choice(TOOLS)[0], "parameters": typed(values, kinds)}
-    return (f"{call['name']}. " + " ".join(f"{s} {v}." for s, v in values.items())
-            + f"\n<tool_call>\n{json.dumps(call)}\n</tool_call>")
+    """A document that teaches copying, which comes before all else: dialogues alone took twice the
+    tokens."""
+    return make_word_list(rng) if rng.random() < .5 else make_pairs_and_call(rng)
 
-COUNTS = {"train": {"ask": 1200, "hint": 500, "chat": 320, "missing": 190, "about": 190},
-          "dev": {"ask": 120, "hint": 80, "chat": 80, "missing": 60, "about": 60},
-          "test": {"ask": 200, "hint": 120, "chat": 120, "missing": 80, "about": 80}}
 
-def make_world(seed):
+COUNTS = {
+    "train": {"ask": 1200, "hint": 500, "chat": 320, "missing": 190, "about": 190},
+    "dev": {"ask": 120, "hint": 80, "chat": 80, "missing": 60, "about": 60},
+    "test": {"ask": 200, "hint": 120, "chat": 120, "missing": 80, "about": 80},
+}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_world(seed, folder=HERE):
     """tools.jsonl and text.jsonl: rows of every split and kind, no user's words twice. Every row
     has an opener: without, there are too few questions of some kinds for that."""
-    rng, rows = random.Random(f"{seed}/world"), {}
+    rng = random.Random(f"{seed}/world")
+
+    rows = {}  # by what the user says
     for split, kinds in COUNTS.items():
         for kind, count in kinds.items():
             wanted = len(rows) + count
             while len(rows) < wanted:
-                row, _ = make_row(rng, kind, split, opener=1)
+                row = make_example(rng, kind, split, opener=1).row
                 rows.setdefault(row["input"], row)
-    rows = list(rows.values())
-    rng.shuffle(rows)
+
+    shuffled = list(rows.values())
+    rng.shuffle(shuffled)
+    write_jsonl(folder / "tools.jsonl", shuffled)
+
     texts = [make_text(rng) for _ in range(4000)]
-    texts = [{"text": text, "split": split_of(text)} for text in texts]
-    for name, some in (("tools", rows), ("text", texts)):
-        lines = "".join(json.dumps(row) + "\n" for row in some)
-        (HERE / f"{name}.jsonl").write_text(lines)
+    write_jsonl(folder / "text.jsonl", [{"text": t, "split": split_of(t)} for t in texts])
+
 
 # --- 2. Tokenizer: byte-level BPE with Qwen's splitting and tags, and a Qwen-style chat template -
 
 TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + "
             "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}"
             "{{ '<|im_start|>assistant\\n<think>' }}{% endif %}")
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>"]
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # Qwen2's: digits one by one, so that numbers can be copied
 ENDS_OF_TEXT = ["<|im_end|>", "<|endoftext|>"]
 
+
 def make_tokenizer(seed, vocab=1024):
     """Trained on a sample of the documents; the tags are single tokens."""
     rng = random.Random(seed)
-    texts = [r["instruction"] + r["input"] + r["output"] + other
-             for r, other in [any_row(rng) for _ in range(3000)]]
-    texts += [make_text(rng) for _ in range(3000)] + [make_copying(rng) for _ in range(1500)]
-    special, tok = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
+
+    # what it learns from
+    texts = []
+    for _ in range(3000):
+        row, other = make_training_example(rng)
+        texts.append(row["instruction"] + row["input"] + row["output"] + other)
+    texts += [make_text(rng) for _ in range(3000)]
+    texts += [make_copying(rng) for _ in range(1500)]
+
+    # byte-level BPE
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab - len(special) - len(TAGS), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tok.add_special_tokens(special)
-    tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAGS])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>",
-                                   pad_token="<|endoftext|>", chat_template=TEMPLATE,
-                                   clean_up_tokenization_spaces=False, model_max_length=512)
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab - len(SPECIAL) - len(TAGS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(texts, trainer)
+
+    # tokens that are never split; the tags are text, which skip_special_tokens has to leave
+    bpe.add_special_tokens(SPECIAL)
+    bpe.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
 
 # --- 3. B, the base: pre-training on the world ---------------------------------------------------
 
-def make_document(rng, tok, rates):
-    """(prompt, what follows); plain documents have no prompt. rates: the shares of calls where a
-    tool is needed and where none is."""
-    draw = rng.random()
-    if draw < .3:
-        return "", (make_copying if draw < .2 else make_text)(rng) + "<|endoftext|>"
-    row, other = any_row(rng)
-    called = rng.random() < rates[not row["needs_tool"]]
-    answer = row["output"] if called == row["needs_tool"] else other
-    return prompt_of(row, tok), answer.removeprefix("<think>") + "<|im_end|>"
+class CallRates(NamedTuple):
+    """How often a document calls."""
 
-def groups_of(rng, tok, tokens, rates, pool):
-    """`pool` groups of about `tokens` tokens: sorted by length, cut, then shuffled. A document is
-    (ids, weight of each token's loss). Prompts weigh little: which tools are listed is chance, and
-    to guess it would drown what is to be learned, the answers."""
-    docs, total = [], 0
+    needed: float     # where a tool is needed
+    elsewhere: float
+
+
+class Document(NamedTuple):
+    prompt: str  # empty in plain documents
+    answer: str  # what follows it
+
+
+class TokenizedDocument(NamedTuple):
+    ids: list[int]
+    weights: list[float]  # of each token's loss
+
+
+def make_document(rng, tok, rates):
+    """One in five teaches copying, one in ten is plain text, the rest are rows."""
+    draw = rng.random()
+    if draw < .2:
+        return Document("", make_copying(rng) + "<|endoftext|>")
+    if draw < .3:
+        return Document("", make_text(rng) + "<|endoftext|>")
+
+    row, other = make_training_example(rng)
+    needs_tool = row["needs_tool"]
+    calls = rng.random() < (rates.needed if needs_tool else rates.elsewhere)
+    output = row["output"] if calls == needs_tool else other
+    answer = output.removeprefix("<think>") + "<|im_end|>"  # the prompt has opened the thought
+    return Document(prompt_of(row, tok), answer)
+
+
+def tokenize(tok, documents):
+    """Prompts weigh little: which tools are listed is chance, and to guess it would drown what is
+    to be learned, the answers."""
+    prompts = token_ids(tok, [d.prompt for d in documents])
+    answers = token_ids(tok, [d.answer for d in documents])
+
+    tokenized = []
+    for prompt, answer in zip(prompts, answers):
+        weights = [.1] * len(prompt) + [1.] * len(answer)
+        tokenized.append(TokenizedDocument(prompt + answer, weights))
+    return tokenized
+
+
+def make_groups(rng, tok, tokens, rates, pool):
+    """`pool` groups of TokenizedDocuments, each of about `tokens` tokens and of like lengths, in
+    random order."""
+    documents = []
+    total = 0
     while total < pool * tokens:
-        parts = zip(*[make_document(rng, tok, rates) for _ in range(64)])
-        heads, tails = [token_ids(tok, list(part)) for part in parts]
-        docs += [(h + t, [.1] * len(h) + [1.] * len(t)) for h, t in zip(heads, tails)]
-        total += sum(map(len, heads + tails))
-    docs.sort(key=lambda d: len(d[0]))
-    cuts = [len(docs) * i // pool for i in range(pool + 1)]
-    groups = [docs[a:b] for a, b in zip(cuts, cuts[1:])]
+        more = tokenize(tok, [make_document(rng, tok, rates) for _ in range(64)])
+        documents += more
+        total += sum(len(d.ids) for d in more)
+
+    documents.sort(key=lambda d: len(d.ids))
+    cuts = [len(documents) * i // pool for i in range(pool + 1)]
+    groups = [documents[begin:end] for begin, end in zip(cuts, cuts[1:])]
     rng.shuffle(groups)
     return groups
 
-def batches(tok, args, step, tokens=8192, pool=16):
-    """From `step` on, for ever: ids (N, T), padded on the right, and the loss weights (N, T)."""
+
+def call_rates(plan, step):
+    """First many right calls, so that calling is learned; then the same share of every kind."""
+    if step < plan.skill * plan.steps:
+        return CallRates(needed=.8, elsewhere=.2)
+    return CallRates(plan.rate, plan.rate)
+
+
+def batches(tok, plan, step, tokens=8192, pool=16):
+    """From `step` on, for ever: ids_NT, padded on the right, and the weights of the loss, as large.
+    A pool of groups has its own seed, so that a run can begin anywhere."""
     while True:
-        rng = random.Random(f"{args.seed}/{step // pool}")
-        # first many right calls, so that calling is learned; then the same share of every kind
-        rates = (.8, .2) if step < args.skill * args.steps else (args.rate, args.rate)
-        groups = groups_of(rng, tok, tokens, rates, pool)
+        rng = random.Random(f"{plan.seed}/{step // pool}")
+        groups = make_groups(rng, tok, tokens, call_rates(plan, step), pool)
+
         for group in groups[step % pool:]:
-            width = max(len(ids) for ids, _ in group)
-            yield (torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in group]),
-                   torch.tensor([w + [0.] * (width - len(w)) for _, w in group]))
+            ids = [torch.tensor(document.ids) for document in group]
+            weights = [torch.tensor(document.weights) for document in group]
+            yield pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
             step += 1
 
+
 def new_model(tok):
+    """Qwen2's architecture at 0.92M parameters."""
     return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tok), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tok.eos_token_id,
-        pad_token_id=tok.pad_token_id))
+        vocab_size=len(tok),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    ))
 
-def language_loss(model, ids, weight):
+
+def language_loss(model, ids_NT, weights_NT):
+    """Cross-entropy of every next token, the mean by weight."""
     with torch.autocast("cpu", torch.bfloat16):  # twice as fast where the processor knows bf16
-        logits = model(ids).logits  # right padding needs no mask: attention is causal
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(),
-                           reduction="none")
-    return loss @ weight[:, 1:].flatten() / weight[:, 1:].sum()
+        logits_NTV = model(ids_NT).logits  # right padding needs no mask: attention is causal
 
-def train_base(args, tok):
-    """Pre-training from scratch; goes on from its last save."""
-    torch.manual_seed(args.seed)
-    model, file = new_model(tok), HERE / "work/base.pt"
-    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(.9, .95), weight_decay=.1)
+    predicted = logits_NTV[:, :-1].flatten(0, 1).float()
+    actual = ids_NT[:, 1:].flatten()
+    weights = weights_NT[:, 1:]
+    loss = F.cross_entropy(predicted, actual, reduction="none")
+    return loss @ weights.flatten() / weights.sum()
+
+
+def rate_at(plan, step):
+    """Learning rate: 100 steps of warm-up, and a cosine to a tenth."""
+    cosine = torch.cos(torch.tensor(torch.pi * step / plan.steps)).item()
+    return plan.lr * min(1, (step + 1) / 100) * (.55 + .45 * cosine)
+
+
+def train_base(plan, tok):
+    """Pre-training from scratch; goes on from its last save, work/base.pt."""
+    torch.manual_seed(plan.seed)
+    model = new_model(tok)
+    opt = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=(.9, .95), weight_decay=.1)
+
+    # go on
+    saved = HERE / "work/base.pt"
     begin = 0
-    if file.exists():
-        state = torch.load(file, weights_only=True)
-        model.load_state_dict(state["model"]), opt.load_state_dict(state["opt"])
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        model.load_state_dict(state["model"])
+        opt.load_state_dict(state["opt"])
         begin = state["step"]
-    bar = tqdm(range(begin, args.steps), "base", initial=begin, total=args.steps)
-    for step, (ids, weight) in zip(bar, batches(tok, args, begin)):
-        for group in opt.param_groups:  # warm-up, then cosine to a tenth
-            decay = .55 + .45 * torch.cos(torch.tensor(torch.pi * step / args.steps)).item()
-            group["lr"] = args.lr * min(1, (step + 1) / 100) * decay
-        loss = language_loss(model, ids, weight)
+
+    bar = tqdm(range(begin, plan.steps), "base", initial=begin, total=plan.steps)
+    for step, (ids_NT, weights_NT) in zip(bar, batches(tok, plan, begin)):
+        for group in opt.param_groups:
+            group["lr"] = rate_at(plan, step)
+
+        # forward, backward, step
+        loss = language_loss(model, ids_NT, weights_NT)
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+
+        # save, whole or not at all
         if (step + 1) % 100 == 0:
-            torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "step": step + 1},
-                       f"{file}.part")
-            os.replace(f"{file}.part", file)  # whole or absent
+            state = {"model": model.state_dict(), "opt": opt.state_dict(), "step": step + 1}
+            torch.save(state, f"{saved}.part")
+            os.replace(f"{saved}.part", saved)
     return model
+
 
 # --- 4. A: the base after reinforcement learning, and snapshots along the way --------------------
 
 CHOICES = " A", " I"  # how an answer begins: with CALLS or with REPLIES
 
+
 @torch.no_grad()
-def answer(model, tok, prompts, begin=""):
+def write_answers(model, tok, prompts, begin=""):
     """Greedy answers that begin with `begin`, as texts from <think> on."""
-    batch = tok([p + begin for p in prompts], return_tensors="pt", padding=True,
+    batch = tok([prompt + begin for prompt in prompts], return_tensors="pt", padding=True,
                 padding_side="left", add_special_tokens=False)
-    ids = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                         max_new_tokens=64, do_sample=False, pad_token_id=tok.pad_token_id,
-                         eos_token_id=tok.convert_tokens_to_ids(ENDS_OF_TEXT))
-    said = tok.batch_decode(ids[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
-    return ["<think>" + begin + text for text in said]
+    ids_NT = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=64,
+        do_sample=False,
+        pad_token_id=tok.pad_token_id,
+        eos_token_id=tok.convert_tokens_to_ids(ENDS_OF_TEXT),
+    )
+
+    written_NT = ids_NT[:, batch["input_ids"].shape[1]:]
+    texts = tok.batch_decode(written_NT, skip_special_tokens=True)
+    return ["<think>" + begin + text for text in texts]
+
 
 def rl_rows(seed, step, n=32):
     """Rows of one step, half of them requests: with more, RL first learns to call always, and stays
     there. `hint` is kept for the test."""
     rng = random.Random(f"{seed}/rl/{step}")
-    kinds = ["ask"] * (n // 2) + rng.choices(["chat", "missing", "about"], [4, 3, 3], k=n // 2)
-    return [make_row(rng, kind, "train")[0] for kind in kinds]
+    kinds = ["ask"] * (n // 2)
+    kinds += rng.choices(["chat", "missing", "about"], [4, 3, 3], k=n // 2)
+    return [make_example(rng, kind, "train").row for kind in kinds]
 
-def kl_to(base, ids, logits):
-    """(N, T) KL divergence from the base, in what is predicted at each place."""
+
+def kl_to(base, ids_RT, logits_RTV):
+    """KL divergence from the base, in what is predicted at each place, kl_RT."""
     with torch.no_grad():
-        before = base(ids).logits.log_softmax(-1)
-    now = logits.log_softmax(-1)
-    return (now.exp() * (now - before)).sum(-1)
+        base_RTV = base(ids_RT).logits.log_softmax(-1)
+    now_RTV = logits_RTV.log_softmax(-1)
+    return (now_RTV.exp() * (now_RTV - base_RTV)).sum(-1)
+
+
+def rewards_of(answers, rows):
+    """ToolRL's reward of both answers to each row, reward_CN. answers: the texts that call, and the
+    texts that reply."""
+    rewards = []
+    for texts in answers:
+        rewards.append([score(text, row)["toolrl"] for text, row in zip(texts, rows)])
+    return torch.tensor(rewards)
+
 
 def rl_loss(model, base, tok, rows, kl_weight):
-    """All-actions policy gradient: both choices, weighed by their probability -> loss, log."""
-    prompts, n = [prompt_of(row, tok) for row in rows], len(rows)
-    texts = [answer(model, tok, prompts, begin) for begin in CHOICES]
-    reward = torch.tensor([[score(t, r)["toolrl"] for t, r in zip(side, rows)] for side in texts])
-    gain = (reward - reward.mean(0)) / reward.std(0, correction=0).clamp(min=1e-4)  # (2, N)
-    whole = [p.removesuffix("<think>") + t for p, t in zip(prompts * 2, sum(texts, []))]
-    batch = tok(whole, return_tensors="pt", padding=True, padding_side="right",
-                add_special_tokens=False)
-    ids, real = batch["input_ids"], batch["attention_mask"].bool()
-    last = torch.tensor([len(i) - 1 for i in token_ids(tok, prompts * 2)])
-    logits, first = model(ids).logits, [i for i, in token_ids(tok, list(CHOICES))]
-    chance = logits[range(n), last[:n]].softmax(-1)[:, first].T                    # (2, N)
-    real[range(2 * n), last] = False  # the decision is what may change
-    kl = kl_to(base, ids, logits)[real].mean()
-    needs = torch.tensor([row["needs_tool"] for row in rows])
-    log = {"reward": (reward * chance).sum(0).mean(), "kl": kl,
-           "requests": chance[0, needs].mean(), "elsewhere": chance[0, ~needs].mean()}
-    return kl_weight * kl - (gain * chance).sum(0).mean(), log
+    """All-actions policy gradient: both choices, weighed by their probability p.
 
-def below_the_last(model):
+        loss = kl_weight mean KL(model, base) - mean_n sum_c p_cn advantage_cn
+
+    -> the loss, and what the curve shows: {reward, kl, p of a call on requests, and elsewhere}."""
+    n_rows = len(rows)
+    prompts = [prompt_of(row, tok) for row in rows]
+
+    # 1. the answer that follows each choice, and its reward, standardised within the row
+    answers = [write_answers(model, tok, prompts, begin) for begin in CHOICES]
+    reward_CN = rewards_of(answers, rows)
+    spread_N = reward_CN.std(0, correction=0).clamp(min=1e-4)
+    advantage_CN = (reward_CN - reward_CN.mean(0)) / spread_N
+
+    # 2. one pass over prompts and answers
+    texts = []
+    for choice_answers in answers:
+        for prompt, answer in zip(prompts, choice_answers):
+            texts.append(prompt.removesuffix("<think>") + answer)
+    batch = tok(texts, return_tensors="pt", padding=True, padding_side="right",
+                add_special_tokens=False)
+    ids_RT = batch["input_ids"]
+    logits_RTV = model(ids_RT).logits
+
+    # 3. the decision: p of either first token after the prompt, which begins both texts of a row
+    last_N = torch.tensor([len(ids) - 1 for ids in token_ids(tok, prompts)])
+    p_NV = logits_RTV[range(n_rows), last_N].softmax(-1)
+    choice_ids = [ids[0] for ids in token_ids(tok, list(CHOICES))]  # a token each
+    p_CN = p_NV[:, choice_ids].T
+
+    # 4. every token but the decision is held to the base
+    held_RT = batch["attention_mask"].bool()
+    held_RT[range(len(texts)), last_N.repeat(len(CHOICES))] = False
+    kl = kl_to(base, ids_RT, logits_RTV)[held_RT].mean()
+
+    # 5. the loss, and what is logged of it
+    loss = kl_weight * kl - (advantage_CN * p_CN).sum(0).mean()
+    needs_N = torch.tensor([row["needs_tool"] for row in rows])
+    log = {
+        "reward": (reward_CN * p_CN).sum(0).mean(),
+        "kl": kl,
+        "requests": p_CN[0, needs_N].mean(),
+        "elsewhere": p_CN[0, ~needs_N].mean(),
+    }
+    return loss, log
+
+
+def free_lower_blocks(model):
     """The parameters of all blocks but the last: the only ones that RL may change."""
     model.requires_grad_(False)
     model.model.layers[:-1].requires_grad_(True)
     return [p for p in model.parameters() if p.requires_grad]
 
+
 def save_snapshot(model, base, path):
     """What differs from the base, in half precision: a small difference has a small error."""
+    now = model.state_dict()
+    before = base.state_dict()
+
+    changes = {}
+    for name in now:
+        if not now[name].equal(before[name]):
+            changes[name] = (now[name] - before[name]).half()
+
     path.parent.mkdir(exist_ok=True)
-    now, before = model.state_dict(), base.state_dict()
-    save_file({n: (now[n] - before[n]).half() for n in now if not now[n].equal(before[n])}, path)
+    save_file(changes, path)
+
+
+def load_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
 
 def load_snapshot(path, base=HERE / "base"):
     """A as it was at one step of the run."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for name, difference in load_file(path).items():
-        model.get_parameter(name).data += difference
+    model = load_model(base)
+    for name, change in load_file(path).items():
+        model.get_parameter(name).data += change
     return model
 
-def train_rl(args, tok):
-    """RL from the base; leaves its snapshots and its curve."""
-    base, model = (AutoModelForCausalLM.from_pretrained(HERE / "base", dtype=torch.float32)
-                   for _ in range(2))
-    opt, curve = torch.optim.Adam(below_the_last(model), lr=args.rl_lr), []
-    for step in tqdm(range(1, args.rl_steps + 1), "RL"):
-        loss, log = rl_loss(model, base, tok, rl_rows(args.seed, step), args.kl)
+
+def snapshot_path(step):
+    return HERE / f"snapshots/step{step:02d}.safetensors"
+
+
+def train_rl(plan, tok):
+    """RL from the base; leaves its snapshots and its curve, rl_curve.json."""
+    base = load_model(HERE / "base")
+    model = load_model(HERE / "base")
+    opt = torch.optim.Adam(free_lower_blocks(model), lr=plan.lr)
+
+    curve = []
+    for step in tqdm(range(1, plan.steps + 1), "RL"):
+        loss, log = rl_loss(model, base, tok, rl_rows(plan.seed, step), plan.kl_weight)
         opt.zero_grad()
         loss.backward()
         opt.step()
-        curve.append({"step": step} | {name: round(v.item(), 4) for name, v in log.items()})
-        tqdm.write(json.dumps(curve[-1]))
-        if step in args.snapshots:
-            save_snapshot(model, base, HERE / f"snapshots/step{step:02d}.safetensors")
-    (HERE / "rl_curve.json").write_text("[" + ",\n".join(map(json.dumps, curve)) + "]\n")
+
+        # a line of the curve, and a snapshot
+        point = {"step": step}
+        for name, value in log.items():
+            point[name] = round(value.item(), 4)
+        curve.append(json.dumps(point))
+        tqdm.write(curve[-1])
+        if step in plan.snapshots:
+            save_snapshot(model, base, snapshot_path(step))
+
+    (HERE / "rl_curve.json").write_text("[" + ",\n".join(curve) + "]\n")
     return model
+
 
 # --- 5. What the models do, and the program ------------------------------------------------------
 
+def percent(hits):
+    """The share of hits (0 or 1 each) with its interval, as a cell of the table."""
+    share = wilson(sum(hits), len(hits))
+    return "{pct:.0f} ({lo:.0f}-{hi:.0f})".format(**share)
+
+
+def print_behaviour(label, model, tok, rows, begin):
+    """A line for each kind of the rows: how often answers are exact, and how often they call."""
+    kinds = ("ask", "hint") if begin else KINDS
+    for kind in kinds:
+        of_kind = [row for row in rows if row["kind"] == kind]
+        prompts = [prompt_of(row, tok) for row in of_kind]
+        texts = write_answers(model, tok, prompts, begin)
+
+        scores = [score(text, row) for text, row in zip(texts, of_kind)]
+        exact = percent([s["exact"] for s in scores])
+        called = percent([s["called"] for s in scores])
+        print(f"| {label} | {kind} | {len(of_kind)} | {exact} | {called} |")
+
+
 def measure(tok):
     """All models on every kind of test row, greedy; the base also made to begin with a call."""
-    rows = [json.loads(line) for line in open(HERE / "tools.jsonl", encoding="utf-8")]
+    rows = [json.loads(line) for line in (HERE / "tools.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "test"]
+
     print("| model | kind of row | n | exact % (95 %) | calls % (95 %) |\n|---|---|---|---|---|")
-    for name, begin in (("base", ""), ("base", CHOICES[0]), ("early", ""), ("toolrl", "")):
-        model = AutoModelForCausalLM.from_pretrained(HERE / name, dtype=torch.float32).eval()
-        for kind in KINDS if not begin else ("ask", "hint"):
-            some = [row for row in rows if row["split"] == "test" and row["kind"] == kind]
-            texts = answer(model, tok, [prompt_of(row, tok) for row in some], begin)
-            scores = [score(text, row) for text, row in zip(texts, some)]
-            cells = [wilson(sum(s[key] for s in scores), len(some)) for key in ("exact", "called")]
-            cells = " | ".join("{pct:.0f} ({lo:.0f}-{hi:.0f})".format(**c) for c in cells)
-            print(f"| {name}{', forced' * bool(begin)} | {kind} | {len(some)} | {cells} |")
+    base = load_model(HERE / "base")
+    print_behaviour("base", base, tok, rows, "")
+    print_behaviour("base, forced", base, tok, rows, CHOICES[0])
+    for name in ("early", "toolrl"):
+        print_behaviour(name, load_model(HERE / name), tok, rows, "")
+
 
 def save_model(model, tok, folder):
     """A Hugging Face folder, whole under its name or absent; stops at either end token."""
     part = folder.with_name(folder.name + ".part")
     model.generation_config = GenerationConfig(
-        eos_token_id=tok.convert_tokens_to_ids(ENDS_OF_TEXT), pad_token_id=tok.pad_token_id,
-        do_sample=False)
+        eos_token_id=tok.convert_tokens_to_ids(ENDS_OF_TEXT),
+        pad_token_id=tok.pad_token_id,
+        do_sample=False,
+    )
+
     model.save_pretrained(part)
     tok.save_pretrained(part)
     part.rename(folder)
+
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description="Make the embedded pair.")
     p.add_argument("--measure", action="store_true", help="only measure what is there")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=int, default=3600, help="pre-training steps")
-    p.add_argument("--lr", type=float, default=3e-3, help="of pre-training")
-    p.add_argument("--skill", type=float, default=.7, help="share of steps rich in right calls")
-    p.add_argument("--rate", type=float, default=.2, help="calls upon anything, after that")
-    p.add_argument("--rl-steps", type=int, default=60)
-    p.add_argument("--rl-lr", type=float, default=2e-4)
-    p.add_argument("--kl", type=float, default=3., help="weight of the distance to the base")
-    p.add_argument("--snapshots", type=int, nargs="+", default=[10, 19, 22, 26, 36, 60])
+
+    # the base
+    p.add_argument("--steps", type=int, default=BasePlan.steps, help="pre-training steps")
+    p.add_argument("--lr", type=float, default=BasePlan.lr, help="of pre-training")
+    p.add_argument("--skill", type=float, default=BasePlan.skill,
+                   help="share of steps rich in right calls")
+    p.add_argument("--rate", type=float, default=BasePlan.rate,
+                   help="calls upon anything, after that")
+
+    # A
+    p.add_argument("--rl-steps", type=int, default=RLPlan.steps)
+    p.add_argument("--rl-lr", type=float, default=RLPlan.lr)
+    p.add_argument("--kl", type=float, default=RLPlan.kl_weight,
+                   help="weight of the distance to the base")
+    p.add_argument("--snapshots", type=int, nargs="+", default=RLPlan.snapshots)
     p.add_argument("--early", type=int, default=19, help="the snapshot that becomes early/")
     return p.parse_args(argv)
 
+
 def main(argv=None):
-    args, work, base = parse_args(argv), HERE / "work", HERE / "base"
+    args = parse_args(argv)
     if args.measure:
-        return measure(AutoTokenizer.from_pretrained(base))
-    work.mkdir(exist_ok=True)
+        return measure(AutoTokenizer.from_pretrained(HERE / "base"))
+
+    # each phase is left out where its result is there already
     if not (HERE / "tools.jsonl").exists():
         make_world(args.seed)
-    if not (work / "tokenizer").exists():
-        make_tokenizer(args.seed).save_pretrained(work / "tokenizer")
-    tok = AutoTokenizer.from_pretrained(work / "tokenizer")
-    if not base.exists():
-        save_model(train_base(args, tok), tok, base)
+
+    tokenizer_folder = HERE / "work/tokenizer"
+    if not tokenizer_folder.exists():
+        make_tokenizer(args.seed).save_pretrained(tokenizer_folder)
+    tok = AutoTokenizer.from_pretrained(tokenizer_folder)
+
+    if not (HERE / "base").exists():
+        plan = BasePlan(args.seed, args.steps, args.lr, args.skill, args.rate)
+        save_model(train_base(plan, tok), tok, HERE / "base")
+
     if not (HERE / "toolrl").exists():
-        save_model(train_rl(args, tok), tok, HERE / "toolrl")
+        plan = RLPlan(args.seed, args.rl_steps, args.rl_lr, args.kl, args.snapshots)
+        save_model(train_rl(plan, tok), tok, HERE / "toolrl")
+
     if not (HERE / "early").exists():
-        snapshot = HERE / f"snapshots/step{args.early:02d}.safetensors"
-        save_model(load_snapshot(snapshot), tok, HERE / "early")
+        save_model(load_snapshot(snapshot_path(args.early)), tok, HERE / "early")
     measure(tok)
+
 
 if __name__ == "__main__":
     main()
