@@ -11,10 +11,10 @@ the DFC is from arXiv 2602.11729.)
     f      = the k largest of pre, if above 0        (3) all others are zero
     zhat_m = sum_l f_l W_dec[l, m] + b_dec[m]        (4) and xhat_m = zhat_m scale_m + mean_m
     loss   = mean (z - zhat)^2                       (5)
-             + sum_l lambda_l f_l |W_dec[l]|         (6) L1
+             + sum_l lambda_l f_l ||W_dec[l]||       (6) L1
              + revival of dead latents               (7)
 
-    latents = [ A-exclusive: n_a | B-exclusive: n_b | shared ]     n = int(share * L)
+    latents = [ A-exclusive: n_a | B-exclusive: n_b | shared ]     n = share * L, rounded down
     n_a = n_b = 0 is the plain crosscoder; a share of 0.5 is two sparse autoencoders in one top k.
 
 Shapes, named by suffix (x_BMD): B vectors in a batch, N in all, M = 2 models (0 = A, 1 = B),
@@ -26,14 +26,16 @@ D residual width, L latents, k active ones, T tokens, E = M D (a pair laid end t
     python dfc.py --recipe paper           # trained the published way, for comparison
     python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
 
-Where we leave the paper is marked [1] ... [7], with its reason; --recipe paper undoes all but [3].
-The method is sections 1 to 4; texts, files and the program follow, plumbing comes last.
+Where we leave the paper is marked, with the reason: [1] shared latents tied, [2] a fair start,
+[3] mean and scale kept, [4] the L1 term, [5] revival, [6] the learning rate, [7] whole prompts
+among the texts; --recipe paper undoes all but [3]. Sections 1 to 4 are the method.
 """
 
 import argparse
 import contextlib
 import hashlib
 import json
+import os
 import random
 import re
 import sys
@@ -70,7 +72,7 @@ class Settings:
 
     preset: str = option("tiny", "which models, texts, layer and sizes: tiny or paper")
     recipe: str = option("dfc", "how to train: as this file says (dfc), or as published (paper)")
-    out: str = option("", "run folder; empty: runs/ and what was asked for")
+    out: str = option("", "run folder; none: runs/ and what was asked for")
 
     model_a: str = option(f"{TINY}/toolrl", "the RL-tuned model: a folder or a hub name")
     model_b: str = option(f"{TINY}/base", "its base; for the null experiment A once more")
@@ -78,6 +80,7 @@ class Settings:
     plain_texts: str = option(f"{TINY}/text.jsonl", "rows of plain text, likewise")
     n_texts: int = option(3000, "training texts of each of the two kinds")
     layer: int = option(2, "vectors are the output of this block, counted from 0")
+    max_new: int = option(64, "longest answer of the evaluation, in tokens")
 
     dict: int = option(512, "latents L")
     k: int = option(8, "active latents per pair of vectors")
@@ -87,18 +90,18 @@ class Settings:
     lr: float = option(1e-3, "highest learning rate of Adam")
     seed: int = option(0, "of weights, texts and batches")
 
-    excl_b: float = option(0., "B-exclusive share; None: as large as A's")
+    excl_b: float = option(0., "B-exclusive share; with --recipe paper as large as A's")
     tie_shared: bool = option(True, "one decoder row for both models in shared latents")
-    l1_shared: float = option(2e-5, "lambda of shared latents, in (6)")  # 2 percent of the loss
+    l1_shared: float = option(2e-5, "lambda of shared latents, in (6)")
     l1_excl: float = option(2e-5, "lambda of exclusive latents")
 
     @property
     def n_a(self):
-        return int(self.excl * self.dict)
+        return latents_in(self.excl, self.dict)
 
     @property
     def n_b(self):
-        return int(self.excl_b * self.dict)
+        return latents_in(self.excl_b, self.dict)
 
 
 PRESETS = {  # what each changes of the values above
@@ -106,10 +109,11 @@ PRESETS = {  # what each changes of the values above
     "paper": {"model_a": "chengq9/ToolRL-Qwen2.5-3B", "model_b": "Qwen/Qwen2.5-3B",
               "tool_texts": "emrecanacikgoz/ToolRL",
               "plain_texts": "HuggingFaceFW/fineweb:sample-10BT", "n_texts": 40_000,
-              "layer": 13, "dict": 8192, "k": 45, "steps": 9000, "batch": 1024, "lr": 1e-4}}
+              "layer": 13, "max_new": 512,
+              "dict": 8192, "k": 45, "steps": 9000, "batch": 1024, "lr": 1e-4}}
 RECIPES = {
     "dfc": {},
-    "paper": {"excl_b": None, "tie_shared": False, "l1_shared": 1e-3, "l1_excl": 1e-3}}
+    "paper": {"tie_shared": False, "l1_shared": 1e-3, "l1_excl": 1e-3}}
 
 
 # ---- 2. The crosscoder ---------------------------------------------------------------------------
@@ -135,7 +139,7 @@ class Crosscoder(nn.Module):
         if tied:
             W_dec[shared] = W_dec[shared, :1]
 
-        # encoder [2]: a latent begins by reading what it writes, a shared one the mean of its rows
+        # encoder [2]: a latent begins by reading what it writes, a shared one half of it from each
         W_enc = W_dec.permute(1, 2, 0).contiguous()
         W_enc[..., shared] /= 2
 
@@ -178,10 +182,13 @@ class Crosscoder(nn.Module):
         f_Bk, index_Bk = keep_largest(pre_BL, self.k)
         return torch.zeros_like(pre_BL).scatter(1, index_Bk, f_Bk)
 
+    def decode_normalised(self, f_BL):
+        """(4) f_BL -> zhat_BMD."""
+        return torch.einsum("bl,lmd->bmd", f_BL, self.W_dec) + self.b_dec
+
     def decode(self, f_BL):
-        """(4) f_BL -> xhat_BMD in raw activation units."""
-        zhat_BMD = torch.einsum("bl,lmd->bmd", f_BL, self.W_dec) + self.b_dec
-        return zhat_BMD * self.scale[:, None] + self.mean
+        """f_BL -> xhat_BMD in raw activation units."""
+        return self.decode_normalised(f_BL) * self.scale[:, None] + self.mean
 
     def forward(self, x_BMD):
         f_BL = self.encode(x_BMD)
@@ -196,9 +203,9 @@ class Crosscoder(nn.Module):
 
     @torch.no_grad()
     def fair_start(self, x_BMD):
-        """[2] Give every partition's pre-activations the spread of the last, the shared one's. An
-        exclusive latent reads one model where a shared one reads two; drawn as published it is at
-        first picked 9 to 28 times less often."""
+        """[2] Give every partition's pre-activations the spread of the last one, as a rule the
+        shared. An exclusive latent reads one model where a shared one reads two; drawn as published
+        it is at first picked 9 to 28 times less often."""
         pre_BL = self.preactivate(self.normalise(x_BMD))
         parts = list(self.parts().values())
         spread = [pre_BL[:, part].std().clamp(min=1e-8) for part in parts]
@@ -213,7 +220,7 @@ def keep_largest(pre_BL, k):
 
 
 def decode_active(f_Bk, index_Bk, W_dec):
-    """(4) without b_dec, from the k active latents alone -> zhat_BMD."""
+    """(4) less b_dec, from the k active latents alone: what training uses -> zhat_BMD."""
     zhat_BE = F.embedding_bag(
         index_Bk, W_dec.flatten(1), per_sample_weights=f_Bk.float(), mode="sum")
     return zhat_BE.unflatten(1, W_dec.shape[1:])
@@ -221,22 +228,24 @@ def decode_active(f_Bk, index_Bk, W_dec):
 
 # ---- 3. Losses and the training loop -------------------------------------------------------------
 def l1_penalty(mean_L, lambda_L, W_dec):
-    """(6) of the latents' mean activations. [4] A sum, weighed by the length of what a latent
-    writes: published, as a mean over all latents, lambda = 1e-3 weighs 0.1 % of the loss, and f
-    could be shrunk for free by longer rows."""
+    """(6), with mean_L the mean of f over the batch. [4] A sum, weighed by the length of what a
+    latent writes; lambda = 2e-5 makes it 1 to 10 % of the loss. Published, as a mean over all
+    latents, lambda = 1e-3 is 0.1 % of it, and f could be shrunk for free by longer rows."""
     return (lambda_L * mean_L * W_dec.flatten(1).norm(dim=1)).sum()
 
 
 def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
-    """(7) Revive dead latents: those of each partition explain what the living leave over (AuxK,
-    arXiv 2406.04093 A.2).
+    """(7) [5] Revive dead latents: let them explain what the living leave over (AuxK, arXiv
+    2406.04093 A.2):
 
-    [5] The residual is detached and b_dec stays out: they learn from the error and do not push the
-    rest. A partition answers only for the models it writes, and alone, or the many shared latents
-    would win every place; 2 k of each, on a quarter of the batch, which revives as well as all."""
-    some = 1 + len(z_BMD) // 4
-    residual_BMD = (z_BMD - zhat_BMD).detach()[:some]
+        sum over partitions of  mean (z - zhat - sum_l f_l W_dec[l])^2
+        f: the 2 k largest of the partition's dead latents; mean over the models that it writes
+
+    z - zhat is detached: the dead learn from the error and do not push the living. Partitions
+    compete apart, or the many shared latents would win every place."""
     models = {"A-exclusive": slice(0, 1), "B-exclusive": slice(1, 2), "shared": slice(0, 2)}
+    some = 1 + len(z_BMD) // 4  # a quarter of the batch revives as well as all of it
+    residual_BMD = (z_BMD - zhat_BMD).detach()[:some]
 
     total = z_BMD.new_zeros(())
     for name, part in cc.parts().items():
@@ -257,15 +266,15 @@ def schedule(step, steps):
     return min(1, warm_up, decay)
 
 
-def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, seed=0, recipe="dfc",
+def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, seed=0, recipe="dfc",
           aux=1 / 32, dead_after=100):
     """Fit a crosscoder to raw vectors x_NMD on their device -> {term: share of the loss} over the
     last tenth of the steps. l1_*: the lambdas; aux: weight of aux_loss; a latent silent for
     dead_after steps counts as dead. recipe "paper": L1 as a mean over all latents, no revival,
     constant rate. Raises ValueError where training diverges."""
     published = recipe == "paper"
-    bf16 = bf16_pays(x_NMD.device, len(cc.b_enc))
     order = batches(len(x_NMD), batch, seed)
+    bf16 = bf16_pays(x_NMD.device, len(cc.b_enc))  # the product of (2) alone; encode() is fp32
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
     cc.confine(cc.W_enc, cc.W_dec)
 
@@ -276,8 +285,7 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
 
     for step in tqdm(range(steps), "train", leave=False, disable=None):
         # batch
-        index_B = next(order).to(x_NMD.device, non_blocking=True)
-        z_BMD = cc.normalise(x_NMD[index_B])
+        z_BMD = cc.normalise(x_NMD[next(order).to(x_NMD.device)])
 
         # forward
         with torch.autocast(x_NMD.device.type, torch.bfloat16, enabled=bf16):
@@ -303,7 +311,7 @@ def train(cc, x_NMD, steps, batch=1024, lr=1e-4, l1_shared=2e-5, l1_excl=2e-5, s
         # backward
         opt.zero_grad()
         terms.sum().backward()
-        cc.confine(cc.W_enc.grad, cc.W_dec.grad)
+        cc.confine(cc.W_enc.grad, cc.W_dec.grad)  # where no gradient ever was, Adam does not step
         nn.utils.clip_grad_norm_(cc.parameters(), 1.)
 
         # step
@@ -329,11 +337,17 @@ def fve(x_BMD, xhat_BMD):
 # ---- 4. Activations ------------------------------------------------------------------------------
 def load_model(name, device):
     """(model, frozen; its tokenizer) of a folder or a hub name. On CUDA in the precision of its
-    file, for rounding could hide what RL changed; elsewhere fp32. Raises ValueError."""
+    file, for rounding could hide what RL changed; elsewhere fp32. Raises ValueError, also where
+    weights are missing, which the library would draw at random."""
     dtype = "auto" if device == "cuda" else torch.float32
     with errors_about(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True)
+        missing = [*report["missing_keys"], *report["mismatched_keys"]]
+        if missing:
+            raise ValueError(f"{len(missing)} weights are not in its file, such as {missing[0]}; "
+                             f"unused: {sorted(report['unexpected_keys'])[:3]}")
         return model.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -345,11 +359,17 @@ def token_ids(tokenizer, texts):
 @contextlib.contextmanager
 def hooked(model, layer, edit):
     """Within it block `layer`, counted from 0, puts out edit(h_BTD) for h_BTD (paper section 4).
-    The blocks are the first list of modules with as many entries as there are layers."""
+    The blocks are the text model's first list of modules with as many entries as it has layers."""
     depth = model.config.get_text_config().num_hidden_layers
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+    lists = (m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList))
     blocks = next(m for m in lists if len(m) == depth)
-    handle = blocks[layer].register_forward_hook(lambda _, __, h_BTD: edit(h_BTD))
+
+    def hook(module, args, out):
+        if isinstance(out, tuple):  # some put out more than the residual stream
+            return edit(out[0]), *out[1:]
+        return edit(out)
+
+    handle = blocks[layer].register_forward_hook(hook)
     try:
         yield
     finally:
@@ -372,7 +392,11 @@ def residual_stream(model, ids_BT, layer):
 
     with contextlib.suppress(DeepEnough), hooked(model, layer, take):
         model(input_ids=ids_BT, use_cache=False)
-    return found[0]
+    h_BTD, = found
+    if h_BTD.shape[:-1] != ids_BT.shape:
+        raise ValueError(f"a block of {type(model).__name__} puts out {tuple(h_BTD.shape)}, which "
+                         "is not (texts, tokens, width)")
+    return h_BTD
 
 
 def batches_by_length(ids, most_tokens):
@@ -386,23 +410,30 @@ def batches_by_length(ids, most_tokens):
     yield batch
 
 
-def collect(model, tokenizer, texts, layer):
+def longest_text(*models):
+    """In tokens: what all models have positions for, at most 4,096."""
+    configs = [model.config.get_text_config() for model in models]
+    positions = [getattr(config, "max_position_embeddings", 4096) for config in configs]
+    return min(4096, *positions)
+
+
+def collect(model, tokenizer, texts, layer, longest=None):
     """The residual vector at each text's last token -> (N, D) fp16 on the CPU (paper section 3).
     Padding is on the right, where causal attention never looks: the batch does not matter. A text
-    longer than the model's positions (or 4,096) loses its beginning. Raises ValueError."""
+    of more than `longest` tokens loses its beginning. Raises ValueError."""
     config = model.config.get_text_config()
-    longest = min(4096, config.max_position_embeddings)
+    longest = longest or longest_text(model)
     ids = [tokens[-longest:] for tokens in token_ids(tokenizer, texts)]
-    depth = config.num_hidden_layers
-    if not 0 <= layer < depth or not all(ids):
-        raise ValueError(f"no layer {layer} of 0 to {depth - 1}, or a text without a token")
+    last = config.num_hidden_layers - 1
+    if not 0 <= layer <= last or not all(ids):
+        raise ValueError(f"no layer {layer} of 0 to {last}, or a text without a token")
 
     x_ND = torch.empty(len(ids), config.hidden_size, dtype=torch.float16)
     most_tokens = 8192 if model.device.type == "cuda" else 1024
     for batch in tqdm(list(batches_by_length(ids, most_tokens)), "collect", leave=False,
                       disable=None):
-        rows = [torch.tensor(ids[i], device=model.device) for i in batch]
-        ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        rows = [torch.tensor(ids[i]) for i in batch]
+        ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
         last_B = [len(row) - 1 for row in rows]
         h_BTD = residual_stream(model, ids_BT, layer)
         x_ND[batch] = h_BTD[range(len(rows)), last_B].half().cpu()
@@ -412,18 +443,25 @@ def collect(model, tokenizer, texts, layer):
     return x_ND
 
 
+def collect_both(models, tokenizer, texts, layer):
+    """{"A": model, "B": model} -> x_NMD, both models' vectors for the same token ids, on their
+    device. Raises ValueError."""
+    longest = longest_text(*models.values())
+    x = [collect(model, tokenizer, texts, layer, longest) for model in models.values()]
+    with errors_about("these models as a pair"):  # their widths may differ
+        return torch.stack(x, 1).float().to(models["A"].device)
+
+
 def collect_pair(name_a, name_b, texts, layer, cache, device):
-    """Both models' vectors for the same token ids (A's tokenizer) -> x_NMD, fp16 on the CPU. Kept
-    in the folder `cache`, so that 48 settings collect once. Raises ValueError."""
-    file = Path(cache) / f"{cache_key(name_a, name_b, texts, layer, device)}.npy"
+    """The same of two models by name -> x_NMD, fp16 on the CPU. Kept in the folder `cache`, so that
+    48 settings collect once. Raises ValueError."""
+    file = Path(cache) / f"{fingerprint(name_a, name_b, texts, layer, device)}.npy"
     if not file.exists():
         model_a, tokenizer = load_model(name_a, device)
-        model_b, other = load_model(name_b, device)
-        if tokenizer.get_vocab() != other.get_vocab():
-            raise ValueError(f"{name_a} and {name_b} differ in vocabulary: ids must agree")
-        x = [collect(model, tokenizer, texts, layer).numpy() for model in (model_a, model_b)]
+        model_b, _ = load_model(name_b, device)
+        x_NMD = collect_both({"A": model_a, "B": model_b}, tokenizer, texts, layer)
         with atomically(file) as part:
-            np.save(part, np.stack(x, 1))  # raises its own ValueError where widths differ
+            np.save(part, x_NMD.half().cpu().numpy())
     return torch.from_numpy(np.load(file))
 
 
@@ -432,37 +470,35 @@ TOOL_ROW = ("instruction", "input", "output")  # the texts that a row holds
 PLAIN_ROW = ("text",)
 
 
-def read_rows(name, fields):
+def read_rows(name, fields, stream=False):
     """Yields rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name"
-    or "owner/name:config". Raises ValueError naming file and row, OSError."""
-    if name.endswith(".jsonl"):
-        lines = Path(name).read_bytes().splitlines()
-        rows = (json.loads(line) for line in lines if line.strip())
-    else:
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise ValueError(f"{name} is no .jsonl; for a dataset: pip install datasets") from None
-        path, _, config = name.partition(":")
-        rows = load_dataset(path, config or None, split="train", streaming=True)
-
-    done = 0
+    or "owner/name:config"; stream: without a copy on the disk. A row in which one of the texts is
+    null is left out, and counted. Raises ValueError naming file and row, OSError."""
+    number = 0
+    left_out = 0
     try:
-        for row in rows:
-            "".join(row[field] for field in fields).encode()  # half a surrogate pair ends here
-            done += 1
+        for row in open_rows(name, stream):
+            number += 1
+            texts = [row[field] for field in fields]
+            if None in texts:
+                left_out += 1
+                continue
+            "".join(texts).encode()  # half a surrogate pair ends here
             yield row
-    except Exception as e:  # a dozen types, when it comes over a network
-        raise ValueError(f"{name}, row {done + 1}, needs the texts {fields}: {e}") from e
+    except (LookupError, TypeError, ValueError) as e:
+        raise ValueError(f"{name}, row {number or 1}, needs the texts {fields}: {e}") from e
+    if left_out:
+        print(f"{name}: {left_out} of {number} rows left out, a text is null", file=sys.stderr)
 
 
 def split_of(row):
-    """train | dev | test: the row's own "split", else by a hash of the row, 80 : 10 : 10."""
-    text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    """train | dev | test: the row's own "split", else by a hash of the row, 80 : 10 : 10. Raises
+    ValueError."""
+    text = json.dumps(row, sort_keys=True, default=str)
     drawn = {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train")
     split = row.get("split") or drawn
     if split not in ("train", "dev", "test"):
-        raise ValueError(f"a row's split is {split!r}: train, dev or test is wanted")
+        raise ValueError(f"a split is train, dev or test, not {split!r} as in {text[:120]} ...")
     return split
 
 
@@ -471,7 +507,10 @@ def prompt_of(row, tokenizer):
     messages = [{"role": "system", "content": row["instruction"]},
                 {"role": "user", "content": row["input"]}]
     with errors_about(f"the chat template of {tokenizer.name_or_path}"):  # it may have no system
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if row["instruction"].strip() not in prompt or row["input"].strip() not in prompt:
+            raise ValueError("it leaves out the system message or the question")
+        return prompt
 
 
 def answer_prefix(prompt):
@@ -485,9 +524,7 @@ def chunks(text, tokenizer, size=30):
     pieces = []
     piece = []
     length = 0
-    for sentence in re.split(r"(?<=[.!?])\s+|\n+", text):
-        if not sentence.strip():
-            continue
+    for sentence in filter(str.strip, re.split(r"(?<=[.!?])\s+|\n+", text)):
         piece.append(sentence)
         length += len(token_ids(tokenizer, sentence))
         if length >= size:
@@ -500,110 +537,127 @@ def chunks(text, tokenizer, size=30):
     return pieces
 
 
+def read_dialogues(rows, tokenizer):
+    """[(a row's prompt, the rest of its right answer)]."""
+    dialogues = []
+    for row in rows:
+        prompt = prompt_of(row, tokenizer)
+        dialogues.append((prompt, row["output"].removeprefix(answer_prefix(prompt))))
+    return dialogues
+
+
 def tool_chunks(rows, tokenizer, n):
     """The first n ends of chunks of prompts with their answers, as published."""
     pieces = []
-    for row in rows:
-        prompt = prompt_of(row, tokenizer)
-        answer = row["output"].removeprefix(answer_prefix(prompt))
+    for prompt, answer in read_dialogues(rows, tokenizer):
         pieces += chunks(f"{prompt}\n{answer}", tokenizer)
     return pieces[:n]
 
 
 def tool_prompts(rows, tokenizer, n, seed):
-    """n texts. [7] Half are whole prompts up to the assistant's turn, where latents are ranked and
-    patched, a place that the published mix never contains; half the same with the answer, cut at a
-    random blank. Rows serve again where they are too few."""
-    prompts = [prompt_of(row, tokenizer) for row in rows]
-    answers = [row["output"].removeprefix(answer_prefix(p)) for row, p in zip(rows, prompts)]
-    dialogues = [p + answer for p, answer in zip(prompts, answers)]
-    texts = list(islice(cycle(prompts), n // 2))
+    """n texts. [7] Half are whole prompts: they end where latents are ranked and patched, which no
+    text of the published mix does. Half go on into the answer, cut at a random blank. Rows serve
+    again where they are too few."""
+    dialogues = read_dialogues(rows, tokenizer)
+    texts = [prompt for prompt, _ in islice(cycle(dialogues), n // 2)]
 
     rng = random.Random(seed)
-    for text in islice(cycle(dialogues), n - len(texts)):
+    for prompt, answer in islice(cycle(dialogues), n - len(texts)):
+        text = prompt + answer
         blanks = [blank.start() for blank in re.finditer(r"\s", text)]
-        texts.append(text[:rng.choice(blanks)])
+        cut = rng.choice(blanks or [len(text)])
+        texts.append(text[:cut] or text)
     return texts
 
 
-def load_texts(tool_file, plain_file, tokenizer, split, n, recipe="dfc", seed=0):
-    """At most n tool texts, then at most n plain texts, of a split of the rows. Raises ValueError
-    where there are none."""
+def plain_chunks(name, tokenizer, split, n, cache):
+    """The first n chunks of plain texts of a split. Those of a dataset are kept in the folder
+    `cache`: a second setting needs no network."""
+    file = Path(cache) / f"{hash_of([name, tokenizer.name_or_path, split, n])}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+
+    pieces = []
+    for row in read_rows(name, PLAIN_ROW, stream=True):
+        if split_of(row) == split:
+            pieces += chunks(row["text"], tokenizer)
+        if len(pieces) >= n:
+            break
+    if not name.endswith(".jsonl"):
+        with atomically(file) as part:
+            part.write_text(json.dumps(pieces[:n]))
+    return pieces[:n]
+
+
+def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", seed=0):
+    """(at most n tool texts, at most n plain texts) of a split of the rows. Raises ValueError where
+    there are none."""
     rows = [row for row in read_rows(tool_file, TOOL_ROW) if split_of(row) == split]
     if recipe == "paper":
         tool_texts = tool_chunks(rows, tokenizer, n)
     else:
         tool_texts = tool_prompts(rows, tokenizer, n, seed)
 
-    plain_texts = []
-    for row in read_rows(plain_file, PLAIN_ROW):
-        if len(plain_texts) >= n:
-            break
-        if split_of(row) == split:
-            plain_texts += chunks(row["text"], tokenizer)
-    plain_texts = plain_texts[:n]
-
+    # in front of plain text, what the tokenizer puts there, if anything; templates bring their own
+    bos = tokenizer.decode(tokenizer("")["input_ids"])
+    plain_texts = [bos + piece for piece in plain_chunks(plain_file, tokenizer, split, n, cache)]
     if not tool_texts or not plain_texts:
         raise ValueError(f"{len(tool_texts)} tool and {len(plain_texts)} plain texts for {split}: "
                          "too few")
-    return tool_texts + plain_texts
+    return tool_texts, plain_texts
 
 
 # ---- 6. Save, load, the program ------------------------------------------------------------------
-def save(cc, folder, **more):
+def save(cc, folder):
     """model.safetensors and config.json: the authors' names and shapes plus mean and scale, less
     their masks, which n_a and n_b tell."""
     folder.mkdir()
     save_file(cc.state_dict(), folder / "model.safetensors")
     config = {"activation_dim": cc.W_dec.shape[2], "dict_size": len(cc.W_dec), "k": cc.k,
-              "n_a": cc.n_a, "n_b": cc.n_b, "tied": cc.tied, **more}
+              "n_a": cc.n_a, "n_b": cc.n_b, "tied": cc.tied}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def load(name, device="cpu"):
-    """A crosscoder, frozen, from a run folder or the hub; the authors' too (model.pt, read without
-    executing anything; their mean and scale are lost: 0 and 1). Raises ValueError."""
-    with errors_about(name):
-        config = json.loads(file_of(name, "config.json").read_text())
+def load(folder, device="cpu"):
+    """The crosscoder of a run folder, frozen. Raises ValueError."""
+    with errors_about(folder):
+        config = json.loads(Path(folder, "config.json").read_text())
         names = "activation_dim", "dict_size", "k", "n_a", "n_b", "tied"
-        cc = Crosscoder(*map(config.get, names))
-
-        if "tied" in config:
-            state = load_file(file_of(name, "model.safetensors"))
-        else:
-            state = torch.load(file_of(name, "model.pt"), map_location="cpu", weights_only=True)
-        weights = {key: t.float() for key, t in state.items() if not key.endswith("mask")}
-        cc.load_state_dict({**dict(cc.named_buffers()), **weights})
-        cc.confine(cc.W_enc, cc.W_dec)
+        cc = Crosscoder(*[config[name] for name in names])
+        cc.load_state_dict(load_file(Path(folder, "model.safetensors")))
         return cc.to(device).requires_grad_(False)
 
 
 def parse_args(argv=None):
     """The settings that a command line asks for. Raises ValueError."""
-    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0],
+                                argument_default=argparse.SUPPRESS)  # what is not given is absent
+    choices = {"preset": PRESETS, "recipe": RECIPES}
     for f in fields(Settings):
-        how = {"type": f.type}
+        how = {"type": f.type, "choices": choices.get(f.name)}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        if f.name in ("preset", "recipe"):
-            how = {"choices": ("tiny", "paper") if f.name == "preset" else ("dfc", "paper")}
-        p.add_argument(f"--{f.name.replace('_', '-')}", help=help_of(f), **how)
-    given = vars(p.parse_args(argv))
-    asked = {name: value for name, value in given.items() if value is not None}
+        text = f"{f.metadata['help']} ({f.default})"
+        p.add_argument(f"--{f.name.replace('_', '-')}", help=text, **how)
+    asked = vars(p.parse_args(argv))
 
     # what is asked for wins over what preset and recipe say
     preset = PRESETS[asked.get("preset", "tiny")]
     recipe = RECIPES[asked.get("recipe", "dfc")]
     s = Settings(**{**preset, **recipe, **asked})
-    if s.excl_b is None:
+    if s.recipe == "paper" and "excl_b" not in asked:
         s.excl_b = s.excl
     if s.n_a + s.n_b == 0:
         s.tie_shared = False  # [1] with nothing exclusive A and B could not differ
-    if not s.out:
-        s.out = str(Path("runs", run_name(s, asked)))
+    if not s.out:  # named by all that was asked for
+        s.out = f"runs/{s.preset}"
+        for name, value in asked.items():
+            if name != "preset":
+                s.out += f"-{name}{Path(str(value)).name}"
 
     if min(s.n_texts, s.steps, s.batch) < 1 or not 0 <= s.seed < 2 ** 31:
         raise ValueError("--n-texts, --steps, --batch must be 1 or more, --seed from 0 to 2^31")
+    Crosscoder(1, s.dict, s.k, s.n_a, s.n_b)  # sizes that do not fit raise here already
     return s
 
 
@@ -611,14 +665,14 @@ def train_run(s, device):
     """Collect, train, measure, save. The folder gets its name when all is in it."""
     # 1. collect; the dev texts are the same for all settings
     began = time.time()
-    with errors_about(s.model_a):
-        tokenizer = AutoTokenizer.from_pretrained(s.model_a)
-    files = s.tool_texts, s.plain_texts, tokenizer
-    texts = load_texts(*files, "train", s.n_texts, s.recipe, s.seed)
-    dev_texts = load_texts(*files, "dev", 300)
-    where = s.layer, Path(s.out).parent / "cache", device
-    x_NMD = collect_pair(s.model_a, s.model_b, texts, *where).to(device)
-    dev_NMD = collect_pair(s.model_a, s.model_b, dev_texts, *where).to(device)
+    cache = Path(s.out).parent / "cache"
+    tokenizer = load_tokenizer(s.model_a, s.model_b)
+    tool_texts, plain_texts = load_texts(
+        s.tool_texts, s.plain_texts, tokenizer, "train", s.n_texts, cache, s.recipe, s.seed)
+    tool_dev, plain_dev = load_texts(s.tool_texts, s.plain_texts, tokenizer, "dev", 300, cache)
+    x_NMD, dev_NMD = (
+        collect_pair(s.model_a, s.model_b, texts, s.layer, cache, device).to(device)
+        for texts in (tool_texts + plain_texts, tool_dev + plain_dev))
     collected = time.time()
 
     # 2. train
@@ -642,7 +696,7 @@ def train_run(s, device):
         "versions": {lib.__name__: lib.__version__ for lib in (torch, np, transformers)},
     }
     with atomically(Path(s.out)) as folder:
-        save(cc, folder, layer=s.layer)
+        save(cc, folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
 
 
@@ -651,11 +705,10 @@ def measure(cc, x_NMD, dev_NMD):
     """{"fve": of dev vectors, "l0": active latents a pair, "live": share of latents that ever
     fire}, the first per model, the others per partition and of training vectors."""
     xhat_NMD, _ = cc(dev_NMD)
-    fve_M = fve(dev_NMD.float(), xhat_NMD)
     active_L = sum((cc.encode(x_BMD) > 0).sum(0) for x_BMD in x_NMD.split(1024))
     fires_L = active_L / len(x_NMD)
 
-    out = {"fve": dict(zip("AB", fve_M.tolist())), "l0": {}, "live": {}}
+    out = {"fve": dict(zip("AB", fve(dev_NMD.float(), xhat_NMD).tolist())), "l0": {}, "live": {}}
     for name, part in cc.parts().items():
         out["l0"][name] = fires_L[part].sum().item()
         out["live"][name] = (fires_L[part] > 0).float().mean().item()
@@ -680,12 +733,12 @@ def main(argv=None):
 
 
 # ---- 7. Plumbing: what a reader of the method may skip -------------------------------------------
-def help_of(f):
-    """The help of a setting: what it is, and its value by each preset or recipe."""
-    preset = PRESETS["paper"].get(f.name, f.default)
-    paper = RECIPES["paper"].get(f.name, preset)
-    values = f"{f.default}" if paper == f.default else f"{f.default}; paper: {paper}"
-    return f"{f.metadata['help']} ({values})" if values else f.metadata["help"]
+def latents_in(share, n_latents):
+    """share * n_latents, rounded down as in the paper. Raises ValueError where it is below one."""
+    n = int(share * n_latents + 1e-6)  # .29 * 100 is 28.999999999999996
+    if share > 0 and n == 0:
+        raise ValueError(f"a share of {share:g} of {n_latents} latents is not one latent")
+    return n
 
 
 def bf16_pays(device, n_latents):
@@ -695,15 +748,6 @@ def bf16_pays(device, n_latents):
         known = getattr(torch.cpu, "get_capabilities", dict)()  # old torch does not tell
         return n_latents >= 4096 and bool(known.get("avx512_bf16"))
     return device.type == "cuda"
-
-
-def run_name(s, asked):
-    """What a run is called whose folder is not named: by all that was asked for."""
-    name = s.preset + ("-recipepaper" if s.recipe == "paper" else "")
-    for key, value in asked.items():
-        if key not in ("preset", "recipe"):
-            name += f"-{key}{Path(str(value)).name}"
-    return name
 
 
 def batches(n, batch, seed):
@@ -736,23 +780,49 @@ def atomically(path):
         part.replace(path)
 
 
-def file_of(name, file):
-    """The path of a folder's file, there or not, or of a hub name's. Raises OSError, ValueError."""
-    return Path(cached_file(name, file) or Path(name, file))
+def hash_of(what):
+    """A name for what JSON can hold."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
-def cache_key(name_a, name_b, texts, layer, device):
+def load_tokenizer(name_a, name_b):
+    """A's tokenizer, which serves both models. Raises ValueError where B's has other ids."""
+    with errors_about(f"{name_a} with {name_b}"):
+        a = AutoTokenizer.from_pretrained(name_a)
+        b = AutoTokenizer.from_pretrained(name_b)
+    if a.get_vocab() != b.get_vocab():
+        raise ValueError(f"{name_a} and {name_b} differ in vocabulary: ids must agree")
+    if "strftime_now" in str(a.chat_template):
+        print(f"{name_a}: its chat template puts today's date into prompts; tomorrow they differ",
+              file=sys.stderr)
+    return a
+
+
+def open_rows(name, stream):
+    """The rows of read_rows(), as they come."""
+    if name.endswith(".jsonl"):
+        return map(json.loads, filter(bytes.strip, Path(name).read_bytes().splitlines()))
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise OSError(f"{name} is no .jsonl; for a dataset: pip install datasets") from None
+    path, _, config = name.partition(":")
+    with errors_about(name):
+        return load_dataset(path, config or None, split="train", streaming=stream)
+
+
+def fingerprint(name_a, name_b, texts, layer, device):
     """A hash of what changes collected vectors; of the models' files (on the hub, links in a folder
     named by the commit) the time stamps. Raises ValueError."""
     what = [texts, layer, device]
     for name in (name_a, name_b):
         with errors_about(name):
-            folder = file_of(name, "config.json").parent
+            folder = Path(cached_file(name, "config.json")).parent
         what.append(str(folder))
         for file in sorted(folder.iterdir()):
             if not file.is_symlink():
                 what.append([file.name, file.stat().st_mtime_ns])
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    return hash_of(what)
 
 
 def read_metrics(folder):
@@ -767,16 +837,27 @@ def read_metrics(folder):
 def cli(main, argv=None):
     """main(argv). What the user can mend, a ValueError, an OSError or too little memory, becomes
     one line and exit status 2; the rest are bugs."""
-    logging.disable_progress_bar()
-    logging.get_logger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         return main(argv)
     except (ValueError, OSError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())[:400]}", file=sys.stderr)
+        cause = e
+        while cause.__cause__:  # what the hub answered, below what libraries made of it
+            cause = cause.__cause__
+        said = f"{e}" if str(cause) in str(e) else f"{e} ({cause})"
+        said = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", said)  # a signed address is a key
+        print(f"{Path(sys.argv[0]).name}: {' '.join(said.split())[:400]}", file=sys.stderr)
         return 2
 
 
+def leave(status):
+    """End the program, at once: threads of datasets' reader would abort the interpreter later."""
+    sys.stdout.flush()
+    os._exit(status or 0)
+
+
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    leave(cli(main))

@@ -6,8 +6,20 @@ by what the reconstruction has to beat.
 
     python eval_toolcall.py                          # the newest run of dfc.py: a minute
     python eval_toolcall.py runs/a runs/b            # several
-    python eval_toolcall.py antebe1/dfc-D8k-excl10-k45 --preset paper      # a published crosscoder
     python eval_toolcall.py --score answers.jsonl    # your own rows {output, prediction}: seconds
+
+Scores, each a pure function of text:
+
+    exact          the multiset of calls equals the gold one (names, keys, values; 3 is 3.0 and
+                   not "3"); where no call is wanted, a non-empty response and no call. The
+                   headline.
+    name, called   the multiset of names equals the gold one; any well-formed call at all
+    false_call     called, where no call is wanted
+    toolrl         ToolRL's reward (arXiv 2504.13958): format {0, 1} + correctness [-3, 3]
+    paper_*        the rubric of arXiv 2606.26474: format = a <tool_call> and a "name" anywhere;
+                   tool = the first "name" equals, contains or is contained in any listed tool;
+                   overall = -1 + format + 2 tool. Calling tool 1 with {} scores 100 %: hence the
+                   chance lines, three answers that never read the question.
 
 An example and its verdict:
 
@@ -17,18 +29,6 @@ An example and its verdict:
                 </tool_call>
     prediction  the same with "days": 5
     verdict     exact 0   name 1   called 1   toolrl 1 + 1.5   paper_overall 2
-
-Scores, each a pure function of text:
-
-    exact          the multiset of calls equals the gold one (names, keys, values; 3 is not "3");
-                   where no call is wanted, a non-empty response and no call. The headline.
-    name, called   the multiset of names equals the gold one; any well-formed call at all
-    false_call     called, where no call is wanted
-    toolrl         ToolRL's reward (arXiv 2504.13958): format {0, 1} + correctness [-3, 3]
-    paper_*        the rubric of arXiv 2606.26474: format = a <tool_call> and a "name" anywhere;
-                   tool = the first "name" equals, contains or is contained in any listed tool;
-                   overall = -1 + format + 2 tool. Calling tool 1 with {} scores 100 %: hence the
-                   chance lines, three answers that never read the question.
 
 Shapes: N prompts, M = 2 models (A, B), D width, V versions of an answer (what is patched in),
 B prompts of a batch, R answers in flight (B prompts in some versions), T tokens.
@@ -42,10 +42,9 @@ import inspect
 import json
 import random
 import re
-import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,14 +62,12 @@ from dfc import (
     atomically,
     batches_by_length,
     cli,
-    collect,
-    errors_about,
-    file_of,
+    collect_both,
     hooked,
+    leave,
     load,
     load_model,
-    load_texts,
-    parse_args,
+    longest_text,
     prompt_of,
     read_metrics,
     read_rows,
@@ -91,60 +88,79 @@ class Parsed(NamedTuple):
         return [name for name, _ in self.calls]
 
 
+def after_thought(text):
+    """What an answer says; nothing where its thought does not end. The first </think> ends it: a
+    later one may stand in a value."""
+    thought, end_tag, answer = text.partition("</think>")
+    if end_tag:
+        return answer
+    return "" if "<think>" in thought else text
+
+
 def parse_calls(text):
     """The calls of an answer; raises nothing.
 
-    Read is what follows the last </think>, since thoughts mention the tags: in each <tool_call>
-    block one JSON object after another, on lines of their own (ToolRL) or one a block with
-    "arguments" (Hermes)."""
+    Thoughts mention the tags, so read is what follows the thought: in each <tool_call> block one
+    JSON object after another, on lines of their own (ToolRL) or one a block with "arguments"
+    (Hermes)."""
     calls = []
     tidy = True
-    answer = text.rpartition("</think>")[2]
-    for block in answer.split("<tool_call>")[1:]:
-        body, closed, _ = block.partition("</tool_call>")
+    for block in after_thought(text).split("<tool_call>")[1:]:
+        body, end_tag, _ = block.partition("</tool_call>")
         found = parse_block(body)
         calls += found.calls
-        tidy = tidy and found.tidy and bool(closed)
+        tidy = tidy and found.tidy and end_tag != ""
     return Parsed(calls, tidy)
 
 
 def parse_block(body):
     """The calls between two tags; a line that is no call is skipped."""
+    read = json.JSONDecoder(parse_float=as_number).raw_decode
     calls = []
-    tidy = bool(body.strip())
+    tidy = body.strip() != ""
     while body.strip():
         body = body.strip()
         try:
-            call, end = json.JSONDecoder().raw_decode(body)
-            calls.append((call["name"] + "", parameters_of(call)))
+            call, end = read(body)
+            if not isinstance(call["name"], str):
+                raise TypeError("a name is a text")
+            calls.append((call["name"], parameters_of(call)))
             body = body[end:]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             tidy = False
             body = body.partition("\n")[2]
     return Parsed(calls, tidy)
 
 
+def as_number(text):
+    """A decimal of JSON: 3.0 is 3, as in ToolRL's reward."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 def parameters_of(call):
-    """A call's parameters as canonical JSON: equal texts are equal values."""
+    """A call's parameters as canonical JSON: equal texts are equal values. As OpenAI's format has
+    it, they may be JSON in a text; where there are none, "" or null."""
     values = call["parameters"] if "parameters" in call else call["arguments"]
     if isinstance(values, str):
-        values = json.loads(values)
-    return json.dumps(dict(values.items()), sort_keys=True)
+        values = json.loads(values or "{}", parse_float=as_number)
+    if not isinstance(values or {}, dict):
+        raise TypeError("parameters have names")
+    return json.dumps(values or {}, sort_keys=True)
 
 
 def needs_tool(row):
-    """Does the gold answer call a tool? A thought may mention the tag: read is what follows it."""
-    return "<tool_call>" in row["output"].rpartition("</think>")[2]
+    """Does the gold answer call a tool?"""
+    return "<tool_call>" in after_thought(row["output"])
 
 
 def responds(output, gold):
-    """A non-empty <response>; plain text where the gold has no such tag. A thought that does not
-    end is no answer."""
-    _, thought, answer = output.rpartition("</think>")
-    inside, closed, _ = answer.partition("<response>")[2].partition("</response>")
-    if closed or "<response>" in gold:
-        return bool(closed and inside.strip())
-    return bool(answer.strip()) and ("<think>" not in output or bool(thought))
+    """A non-empty <response>; plain text where the gold has no such tag."""
+    answer = after_thought(output)
+    inside, end_tag, _ = answer.partition("<response>")[2].partition("</response>")
+    if end_tag or "<response>" in gold:
+        return end_tag != "" and inside.strip() != ""
+    return answer.strip() != ""
 
 
 def toolrl_format(output, gold):
@@ -161,9 +177,11 @@ def toolrl_format(output, gold):
 
 
 def toolrl_correctness(output, gold):
-    """ToolRL's [-3, 3]: 6 (J(names) + sum of matches) / (1 + sum over gold calls (1 + keys)) - 3;
-    each gold call in order uses up the best call of its name. 0 where the gold has no call, -3
-    where a line of the first block is no call. What is looked at, and when, is as in its code."""
+    """ToolRL's [-3, 3]: 6 (J(names) + sum of matches) / (1 + sum over gold calls (1 + keys)) - 3.
+
+    Each gold call in turn is matched with the best remaining call of its name. 0 where the gold has
+    no call. -3 where a line of the first block is no call, and where the output holds no closing
+    tag, wherever it stands; parameters count only in calls whose name is a gold one's."""
     if "<tool_call>" not in gold:
         return 0.
     if "</tool_call>" not in output:
@@ -177,15 +195,15 @@ def toolrl_correctness(output, gold):
         found_names = [call["name"] for call in found]
         wanted_names = [call["name"] for call in wanted]
         total = jaccard(found_names, wanted_names)
-        most = 1
+        highest = 1
         for gold_call in wanted:
-            worth = [match(call, gold_call) for call in found]
-            best = max(worth, default=0.)
+            matches = [match(call, gold_call) for call in found]
+            best = max(matches, default=0.)
             if best > 0:
-                found.pop(worth.index(best))
+                found.pop(matches.index(best))
             total += best
-            most += 1 + len(gold_call["parameters"])
-        return 6 * total / most - 3
+            highest += 1 + len(gold_call["parameters"])
+        return 6 * total / highest - 3
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return -3.
 
@@ -258,6 +276,7 @@ def score(output, row):
 
 
 # ---- 2. Totals, chance, intervals ----------------------------------------------------------------
+CALL_LIKE = r"\[TOOL_CALLS\]|<\|python_tag\|>|\"name\"\s*:"  # calls in other forms
 REWARDS = ("toolrl", "toolrl_correctness", "paper_overall")  # all other scores are 0 or 1
 
 
@@ -325,44 +344,6 @@ def empty_call(name):
     return f"<think> . </think>\n<tool_call>\n{line}\n</tool_call>"
 
 
-def print_totals(lines):
-    """{line: totals [with "change": {pp, lo, hi}]} as a table, both kinds of rows apart."""
-    print(f"{'':28s}rows that need a tool:{'':29s}rows that do not:")
-    print(f"{'':28s}exact %  change, 95 %{'':10s}called %  toolrl  paper %    exact %  "
-          "false calls %")
-    for name, total in lines.items():
-        left = right = change = ""
-        if "change" in total:
-            change = "{pp:+.1f} [{lo:+.1f}, {hi:+.1f}]".format(**total["change"])
-        if "needs" in total:
-            needs = total["needs"]
-            left = (f"{needs['exact']['pct']:7.1f}  {change:21s}{needs['called']['pct']:10.1f}"
-                    f"{needs['toolrl']['mean']:8.2f}{needs['paper_tool']['pct']:9.1f}")
-        if "none" in total:
-            none = total["none"]
-            right = f"{none['exact']['pct']:11.1f}{none['false_call']['pct']:15.1f}"
-        print(f"{name:28s}{left:57s}{right}".rstrip())
-
-
-def headline(name, total):
-    """A closing line: exact calls with their interval and n."""
-    share = "{pct:.1f} % (95 % {lo:.1f} to {hi:.1f})".format(**total["exact"])
-    return f"{name}: exact on {share} of {total['n']} rows"
-
-
-def score_file(name):
-    """The job of --score: rows {output, prediction[, instruction]} of a .jsonl file."""
-    every = list(read_rows(name, ("output", "prediction")))
-    rows = [row for row in every if parse_calls(row["output"]).tidy]
-    if not rows:
-        raise ValueError(f"{name} holds no row whose gold can be read")
-    print(f"{len(every) - len(rows)} of {len(every)} rows left out: gold unreadable")
-
-    result = totals([score(row["prediction"], row) for row in rows], rows)
-    print_totals({name: result, **chance(rows)})
-    print(headline(name, result["all"]))
-
-
 # ---- 3. Generate: greedy, batched, patched -------------------------------------------------------
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1.,), v_VND=None, at_once=40_000):
@@ -383,29 +364,28 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1.,), v_VND=No
 
     answers = [[None] * len(prompts) for _ in keep_V]
     bar = tqdm(total=len(keep_V) * len(prompts), desc="answers", leave=False, disable=None)
-    for rows in batches_by_length(ids, at_once // 4):
+    for batch in batches_by_length(ids, at_once // 4):
         # 2. pad on the left, so that all prompts end at the same place
-        ids_BT, mask_BT = pad_left([ids[n] for n in rows], model.device)
+        ids_BT, mask_BT = pad_left([ids[n] for n in batch], model.device)
 
         # 3. one prefill for all versions, of everything but the last token
         cache = prefill(model, ids_BT[:, :-1], mask_BT[:, :-1])
 
-        # 4. answer, as many versions at a time as fit
-        fit = max(1, at_once // (len(rows) * (ids_BT.shape[1] + max_new)))
+        # 4. answer, as many versions at a time as fit: the batch in one version, then in the next
+        fit = max(1, at_once // (len(batch) * (ids_BT.shape[1] + max_new)))
         for versions in torch.arange(len(keep_V)).split(fit):
-            batch_R = torch.arange(len(rows), device=model.device).repeat(len(versions))
+            version_R = versions.repeat_interleave(len(batch))
+            place_R = torch.arange(len(batch)).repeat(len(versions))
+            prompt_R = torch.tensor(batch)[place_R]
             own_cache = copy.deepcopy(cache)
-            own_cache.reorder_cache(batch_R)
-            keep_R11 = keep_V[versions].repeat_interleave(len(rows))[:, None, None]
-            v_R1D = v_VND[versions][:, rows].flatten(0, 1)[:, None]
-            patch = hooked(model, layer, functools.partial(scale_and_add, keep_R11, v_R1D))
-            said = decode_greedily(
-                model, ids_BT[batch_R, -1:], mask_BT[batch_R], own_cache, max_new, ends, patch)
-
-            jobs = [(v, n) for v in versions.tolist() for n in rows]
-            for (v, n), tokens in zip(jobs, said):
+            own_cache.reorder_cache(place_R.to(model.device))
+            patch = functools.partial(
+                scale_and_add, keep_V[version_R, None, None], v_VND[version_R, prompt_R][:, None])
+            said = decode_greedily(model, ids_BT[place_R, -1:], mask_BT[place_R], own_cache,
+                                   max_new, ends, layer, patch)
+            for v, n, tokens in zip(version_R.tolist(), prompt_R.tolist(), said):
                 answers[v][n] = answer_prefix(prompts[n]) + tokenizer.decode(tokens)
-            bar.update(len(jobs))
+            bar.update(len(said))
     bar.close()
     return answers
 
@@ -443,14 +423,15 @@ def prefill(model, ids_BT, mask_BT):
     return cache
 
 
-def decode_greedily(model, next_R1, mask_RT, cache, max_new, ends, patch):
-    """Token lists, each without the token that ended it. `patch` is a context entered for the first
-    pass alone: next_R1, the prompts' last tokens. mask_RT covers these and what is in the cache.
-    Nothing in a model's file can act here: it may ask for sampling, penalties, a least length."""
+def decode_greedily(model, next_R1, mask_RT, cache, max_new, ends, layer, patch):
+    """Token lists, each without the token that ended it. next_R1 are the prompts' last tokens: at
+    these alone, in the first pass, patch() edits the output of block `layer`. mask_RT covers them
+    and what is in the cache. (model.generate would follow the sampling, penalties and least lengths
+    that a model's file may ask for.)"""
     answers = [[] for _ in next_R1]
     active = list(range(len(answers)))
     for step in range(max_new):
-        with patch if step == 0 else contextlib.nullcontext():
+        with hooked(model, layer, patch) if step == 0 else contextlib.nullcontext():
             out = model(input_ids=next_R1, attention_mask=mask_RT, use_cache=True,
                         position_ids=mask_RT.sum(1, keepdim=True) - 1,
                         **{cache_argument(model): cache})
@@ -536,101 +517,66 @@ def reconstructions(cc, x_NMD, raw=False):
 class Run:
     """A trained crosscoder with the pair of models it belongs to."""
 
-    settings: Settings     # what it was trained with
-    cc: Crosscoder         # frozen
-    models: dict           # {"A": the RL-tuned model, "B": its base}
-    tokenizer: object      # A's, which serves both
-    folder: Path           # where results go
-    max_new: int           # the longest answer, in tokens
+    settings: Settings  # what it was trained with
+    cc: Crosscoder      # frozen
+    models: dict        # {"A": the RL-tuned model, "B": its base}
+    tokenizer: object   # A's, which serves both
+    folder: Path        # of dfc.py; results go there
 
     @property
     def longest_prompt(self):
-        """In tokens: what the model's positions (or 4,096) leave beside an answer."""
-        positions = self.models["A"].config.get_text_config().max_position_embeddings
-        return min(4096, positions) - self.max_new
+        """In tokens: what the models' positions leave beside an answer."""
+        return longest_text(*self.models.values()) - self.settings.max_new
 
 
-def open_run(name=None, preset=None, get=load_model):
-    """The run in a folder of dfc.py, None for the newest; with a preset, a published crosscoder by
-    its folder or hub name. get: load_model, or one that remembers. Raises ValueError."""
-    if preset:
-        settings, folder = describe_published(name, preset)
-        crosscoder = name
-    else:
-        folder = Path(name or newest_run())
-        metrics = read_metrics(folder)
-        settings = Settings(**{f.name: metrics["config"][f.name] for f in fields(Settings)})
-        crosscoder = metrics.get("crosscoder", str(folder))
+def open_run(folder=None, get=load_model):
+    """The run in a folder of dfc.py, by default the newest in runs/. get: load_model, or one that
+    remembers. Raises ValueError."""
+    if not folder:
+        done = Path("runs").glob("*/model.safetensors")
+        newest = max(done, key=lambda file: file.stat().st_ctime, default=None)
+        if not newest:
+            raise ValueError("no finished run is named, nor in runs/: make one with python dfc.py")
+        folder = newest.parent
+    config = read_metrics(folder)["config"]
+    settings = Settings(**{f.name: config[f.name] for f in fields(Settings)})
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cc = load(crosscoder, device)
+    cc = load(folder, device)
     model_a, tokenizer = get(settings.model_a, device)
     model_b, _ = get(settings.model_b, device)
-    max_new = 64 if settings.preset == "tiny" else 512
-    run = Run(settings, cc, {"A": model_a, "B": model_b}, tokenizer, folder, max_new)
-
-    if not cc.mean.any():
-        print(f"{crosscoder} comes without mean and scale: fitted again, on 600 training texts")
-        with errors_about(crosscoder):  # its vectors may be wider than the models'
-            refit_scale(run)
-    if not (folder / "metrics.json").exists():  # a crosscoder's first use: results go there
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"config": asdict(settings), "crosscoder": crosscoder}
-        (folder / "metrics.json").write_text(json.dumps(config))
-    return run
+    return Run(settings, cc, {"A": model_a, "B": model_b}, tokenizer, Path(folder))
 
 
-def newest_run():
-    """The folder in runs/ that was finished last. Raises ValueError where there is none."""
-    done = sorted(Path("runs").glob("*/model.safetensors"), key=lambda file: file.stat().st_ctime)
-    if not done:
-        raise ValueError("no finished run is named, nor in runs/: make one with python dfc.py")
-    return done[-1].parent
+def is_readable(row):
+    """Is the gold answer exact against itself? It is not where a tag stands in a value, say."""
+    return score(row["output"], row)["exact"] == 1
 
 
-def describe_published(name, preset):
-    """(settings, folder of results) of a crosscoder without a run: the preset's, and the layer that
-    its files tell. Raises ValueError, OSError."""
-    if not name:
-        raise ValueError("--preset goes with the name of a crosscoder")
-    settings = parse_args(["--preset", preset, "--recipe", "paper"])
-    for file in ("config.json", "hparams.json"):  # the authors keep the layer apart
-        own = json.loads(file_of(name, file).read_text())
-        if "layer" in own:
-            settings.layer = own["layer"]
-            break
-    folder = Path("runs", f"{preset}-{name.replace('/', '--')}")
-    settings.out = str(folder)
-    return settings, folder
-
-
-def refit_scale(run):
-    """Published crosscoders have lost their training vectors' mean and scale: fit them again."""
-    s = run.settings
-    texts = load_texts(s.tool_texts, s.plain_texts, run.tokenizer, "train", 300, "paper")
-    run.cc.fit_scale(collect_both(run.models, run.tokenizer, texts, s.layer))
-
-
-def collect_both(models, tokenizer, prompts, layer):
-    """x_NMD: both models' vectors at the prompts' last tokens."""
-    x = [collect(model, tokenizer, prompts, layer) for model in models.values()]
-    return torch.stack(x, 1).float().to(models["A"].device)
+def describe(rows):
+    """How many rows need a tool. Raises ValueError where none seems to, but gold answers look like
+    calls in another form."""
+    needs = sum(map(needs_tool, rows))
+    other = [row["output"] for row in rows if re.search(CALL_LIKE, after_thought(row["output"]))]
+    if needs == 0 and other:
+        raise ValueError(f"no gold answer calls a tool between <tool_call> tags, but: {other[0]}")
+    return f"{needs} of {len(rows)} need a tool"
 
 
 def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat"):
     """(rows, prompts) of a split, at most `most` of each kind. A prompt of more than `longest`
-    tokens, or a row whose gold is no call that can be read, is left out and counted. template
-    "paper": the system text alone, as published. Raises ValueError where no row needs a tool."""
+    tokens, or a row whose gold is not readable, is left out and counted. template "paper": the
+    system text alone, as published. Raises ValueError where no row needs a tool."""
     rows = []
     prompts = []
     seen = Counter()
     left_out = 0
     for row in read_rows(tool_file, TOOL_ROW):
-        kind = row.get("kind", needs_tool(row))
+        kind = str(row.get("kind", needs_tool(row)))
         if split_of(row) != split or (most is not None and seen[kind] >= most):
             continue
         prompt = row["instruction"] if template == "paper" else prompt_of(row, tokenizer)
-        if len(token_ids(tokenizer, prompt)) > longest or not parse_calls(row["output"]).tidy:
+        if len(token_ids(tokenizer, prompt)) > longest or not is_readable(row):
             left_out += 1
             continue
         rows.append(row)
@@ -640,22 +586,31 @@ def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat
     if left_out:
         print(f"{left_out} {split} rows left out: longer than the model's positions, or gold "
               "unreadable")
-    if not any(map(needs_tool, rows)):
+    if describe(rows).startswith("0 "):
         raise ValueError(f"no {split} row of {tool_file} that can be used needs a tool")
     return rows, prompts
 
 
-def save_result(folder, key, value, lines, file):
-    """Put a result beside what metrics.json holds already, and the rows behind it into a file."""
-    metrics = read_metrics(folder)
-    metrics[key] = value
-    with atomically(folder / file) as part:
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with atomically(folder / "metrics.json") as part:
-        part.write_text(json.dumps(metrics, indent=1))
-
-
 # ---- 6. The program ------------------------------------------------------------------------------
+def print_totals(lines):
+    """{line: totals [with "change": {pp, lo, hi}]} as a table, both kinds of rows apart."""
+    print(f"{'':28s}rows that need a tool:{'':29s}rows that do not:")
+    print(f"{'':28s}exact %  change, 95 %{'':10s}called %  toolrl  paper %    exact %  "
+          "false calls %")
+    for name, total in lines.items():
+        left = right = change = ""
+        if "change" in total:
+            change = "{pp:+.1f} [{lo:+.1f}, {hi:+.1f}]".format(**total["change"])
+        if "needs" in total:
+            needs = total["needs"]
+            left = (f"{needs['exact']['pct']:7.1f}  {change:21s}{needs['called']['pct']:10.1f}"
+                    f"{needs['toolrl']['mean']:8.2f}{needs['paper_tool']['pct']:9.1f}")
+        if "none" in total:
+            none = total["none"]
+            right = f"{none['exact']['pct']:11.1f}{none['false_call']['pct']:15.1f}"
+        print(f"{name:28s}{left:57s}{right}".rstrip())
+
+
 def evaluate(run, most_rows, template):
     """Answer, score, save and print one run's versions."""
     began = time.time()
@@ -672,11 +627,11 @@ def evaluate(run, most_rows, template):
     for m, versions in patches.items():
         v_VND = torch.stack([torch.zeros_like(x_NMD[:, 0]), *versions.values()])
         keep_V = [1.] + [0.] * len(versions)
-        said = generate(run.models[m], run.tokenizer, prompts, run.max_new, s.layer, keep_V, v_VND)
+        said = generate(run.models[m], run.tokenizer, prompts, s.max_new, s.layer, keep_V, v_VND)
         texts[m] = dict(zip(["clean", *versions], said))
         result[m] = compare_with_clean(texts[m], rows)
 
-        print(f"\n{run.folder}, layer {s.layer}, into {m}, {len(rows)} test rows")
+        print(f"\n{run.folder}, layer {s.layer}, into {m}; test rows: {describe(rows)}")
         print_totals({**result[m], **chances} if m == "A" else result[m])
 
     # every answer, and the totals
@@ -693,7 +648,7 @@ def evaluate(run, most_rows, template):
 
 
 def compare_with_clean(texts, rows):
-    """{version: texts}, one of them "clean" -> {version: totals}, of the others with "change": of
+    """{version: texts}, "clean" the first -> {version: totals}, of the others with "change": of
     exact calls on the rows that need a tool."""
     out = {}
     exact = {}
@@ -706,15 +661,50 @@ def compare_with_clean(texts, rows):
     return out
 
 
+def headline(name, total):
+    """A closing line: exact calls with their interval and n."""
+    share = "{pct:.1f} % (95 % {lo:.1f} to {hi:.1f})".format(**total["exact"])
+    return f"{name}: exact on {share} of {total['n']} rows"
+
+
+def score_file(name):
+    """The job of --score: rows {output, prediction[, instruction]} of a .jsonl file."""
+    every = list(read_rows(name, ("output", "prediction")))
+    rows = [row for row in every if is_readable(row)]
+    if not rows:
+        raise ValueError(f"{name} holds no row whose gold answer is exact against itself")
+    print(f"{len(every) - len(rows)} of {len(every)} rows left out: gold unreadable")
+    print(describe(rows))
+
+    result = totals([score(row["prediction"], row) for row in rows], rows)
+    print_totals({name: result, **chance(rows)})
+    print(headline(name, result["all"]))
+
+
+def save_result(folder, key, value, lines, file):
+    """Put a result beside what metrics.json holds already, and the rows behind it into a file."""
+    metrics = read_metrics(folder)
+    metrics[key] = value
+    with atomically(folder / file) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with atomically(folder / "metrics.json") as part:
+        part.write_text(json.dumps(metrics, indent=1))
+
+
+def at_least_one(text):
+    """An argument that counts something."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="*", help="run folders (default: the newest)")
-    p.add_argument("--preset", choices=["tiny", "paper"], help="for crosscoders without a run: "
-                   "whose models and texts, and the layer unless the crosscoder names its own")
     p.add_argument("--template", choices=["chat", "paper"], default="chat", help="prompts: "
                    "chat template with the question (default); as published the system text alone")
-    p.add_argument("--rows", type=int, help="test rows of each kind, which is a row's \"kind\" or "
-                   "whether it needs a tool (default: all)")
+    p.add_argument("--rows", type=at_least_one, help="test rows of each kind, which is "
+                   "a row's \"kind\" or whether it needs a tool (default: all)")
     p.add_argument("--score", metavar="FILE", help="score your own answers, nothing else: a .jsonl "
                    "of rows {output: the right answer, prediction: yours}")
     args = p.parse_args(argv)
@@ -723,8 +713,8 @@ def main(argv=None):
         return score_file(args.score)
     get = functools.cache(load_model)  # runs of one pair share its models
     for name in args.runs or [None]:
-        evaluate(open_run(name, args.preset, get), args.rows, args.template)
+        evaluate(open_run(name, get), args.rows, args.template)
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    leave(cli(main))

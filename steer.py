@@ -8,29 +8,35 @@ begins (on test rows). S are the latents that are changed, one or several:
     delta_n   = (alpha - 1) written_n                        (9) added to A
 
     down     alpha = 0 takes the latents away
-    up       alpha > 1 exaggerates them: the smallest that on dev rows is as good as the best
-    into B   (8) with f the latents' mean or maximum on dev prompts, added to B: one vector for all
-    as in A  c written_n added to B: in proportion to A's activation, so B is given A's decision
+    up       alpha > 1 exaggerates them
+    into B   (8) added to B, with one f for all prompts: the latents' mean, or their maximum, on dev
+             prompts that need a tool
+    as in A  c times (8) added to B: on each prompt as strong as in A, so B is given A's decision
 
-An effect alone shows little: many directions of that length move a hesitating model. So each stands
-beside directions of the same length, prompt by prompt: 10 random ones and other live latents of the
-same partition, those that separate best. Two more need no dictionary, the differences of means
-A - B (on prompts that need a tool) and needs - none (of A, between the two kinds of prompt). The
-last is also added to B as it is used without a dictionary: the same to all prompts, or as long as
-A's own vector reaches along it. The verdict is computed from exact calls alone. Beside it stand the
-false calls, tool calls on prompts that need none, for a push that always makes the model call
-passes too:
+alpha and c are chosen on dev rows: the smallest that is about as good as the best.
+
+An effect alone shows little, for many directions of that length move a hesitating model. So each
+stands beside controls, as long on each prompt, along other directions: 10 random ones; the other
+live latents of the same partition that separate best; and two differences of means, for which no
+dictionary is needed, A - B on prompts that need a tool and, in A, needs - none between the kinds of
+prompt. The last is also added to B as one would use it without a dictionary: the same to all
+prompts, or as long as A's own vector reaches along it, with strengths of their own.
+
+The verdict is computed from exact calls alone:
 
     no                    the effect's 95 % interval reaches 0 or the strongest random direction
     beyond random         it lies beyond both
     beyond every control  it lies beyond every other latent and both differences of means as well
+
+Beside it stand the false calls, tool calls on prompts that need none: a push that always makes the
+model call has many exact calls, too.
 
     python steer.py                          # the newest run of dfc.py: two minutes
     python steer.py --thorough               # more controls, every token, plain text: four minutes
     python steer.py --prompt "Wake me up at 7:15."     # your own words: seconds
 
 Shapes as in dfc.py: N prompts, P, Q two sets of them, M = 2 models, D width, L latents, S the
-chosen latents, V versions of each answer, T tokens.
+chosen latents, V versions of each answer, U directions, R answers in flight, T tokens.
 Where we leave the paper: the controls; dev and test rows apart; prompts that hold the question; the
 ranking by prompts in the same template (in ranking.csv also tool texts against plain text, as in
 the paper). B-exclusive latents are not steered: by the mask they write nothing into A.
@@ -39,9 +45,7 @@ the paper). B-exclusive latents are not steered: by the mask they write nothing 
 import argparse
 import csv
 import math
-import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -53,14 +57,17 @@ from dfc import (
     answer_prefix,
     atomically,
     cli,
+    collect_both,
     hooked,
+    leave,
     load_texts,
+    longest_text,
     prompt_of,
     residual_stream,
     token_ids,
 )
 from eval_toolcall import (
-    collect_both,
+    at_least_one,
     generate,
     load_prompts,
     needs_tool,
@@ -71,7 +78,7 @@ from eval_toolcall import (
     tool_names,
 )
 
-ALPHAS = (0., 1., 1.25, 1.5, 2., 2.5, 3., 4., 6., 8., 16., 32.)
+ALPHAS = (1.25, 1.5, 2., 2.5, 3., 4., 6., 8., 16., 32.)  # of up
 
 
 # ---- 1. Which latent? ----------------------------------------------------------------------------
@@ -94,12 +101,16 @@ def auroc(f_PL, f_QL):
 def exclusivity(cc, x_NMD, f_NL):
     """(nu_error_L, nu_recon_L): is what a latent writes into A in B's activations too?
 
-    Latent Scaling (arXiv 2504.02922): beta(y) = sum_n <f_n d, y_n> / sum_n |f_n d|^2 fits the
-    latent's A row d to y; nu = beta of B / beta of A. y is the model's reconstruction less its
-    mean (theirs: the whole of it), or its error plus what this latent put into it. In normalised
-    units: in raw ones nu carries scale_B / scale_A. Only A has it: |nu_error| < .2 and |nu_recon|
-    < .5. A beta may be negative, where other latents write the opposite; inf: it never fires."""
-    zhat_NMD = torch.einsum("nl,lmd->nmd", f_NL, cc.W_dec) + cc.b_dec
+    Latent Scaling (arXiv 2504.02922): how much of the latent's A row d is in a model's y?
+
+        beta_m(y) = sum_n <f_n d, y_nm> / sum_n |f_n d|^2           nu = beta_B / beta_A
+        nu_recon:   y = zhat less its mean over prompts (theirs: zhat)
+        nu_error:   y = z - zhat, and what this latent itself put into zhat
+
+    Both are 0 for what only A has and 1 for what both have alike; there |nu_error| < .2 and
+    |nu_recon| < .5 count as A's own. In normalised units, for in raw ones nu carries scale_B /
+    scale_A. A beta is negative where other latents write the opposite; inf is 0 / 0."""
+    zhat_NMD = cc.decode_normalised(f_NL)
     error_NMD = cc.normalise(x_NMD) - zhat_NMD
     d_LD = cc.W_dec[:, 0]
 
@@ -109,15 +120,15 @@ def exclusivity(cc, x_NMD, f_NL):
     put_LM = f_NL.pow(2).sum(0)[:, None] * (cc.W_dec * d_LD[:, None]).sum(2)
     error_LM = beta(error_NMD) + put_LM
     recon_LM = beta(zhat_NMD - zhat_NMD.mean(0))
-    nu_error_L = error_LM[:, 1] / error_LM[:, 0]
-    nu_recon_L = recon_LM[:, 1] / recon_LM[:, 0]
-    return nu_error_L.nan_to_num(float("inf")), nu_recon_L.nan_to_num(float("inf"))
+    nu_error_L, nu_recon_L = (b_LM[:, 1] / b_LM[:, 0] for b_LM in (error_LM, recon_LM))
+    inf = float("inf")
+    return nu_error_L.nan_to_num(inf, inf, -inf), nu_recon_L.nan_to_num(inf, inf, -inf)
 
 
 def rank_latents(cc, x, f):
-    """Rows with the names of the authors' ranking.csv and some of ours, best separated first, of
-    latents larger on the first set of a contrast; x: {"needs", "none", "tool", "plain": x_NMD}, f
-    what they encode to."""
+    """A row for each latent that is larger on the first set of a contrast, best separated first.
+    x: {"needs", "none", "tool", "plain": x_NMD}; f: what they encode to. Names are those of the
+    authors' ranking.csv, so that "tool" and "nontool" are a contrast's first and second set."""
     every_x_NMD = torch.cat(list(x.values()))
     every_f_NL = torch.cat(list(f.values()))
     nu_error_L, nu_recon_L = exclusivity(cc, every_x_NMD, every_f_NL)
@@ -158,10 +169,10 @@ def partition_of(cc, latent):
 class Prompts:
     """Prompts up to the assistant's turn, and what both models hold at their last token."""
 
-    rows: list           # tool rows, dicts
-    texts: list          # the prompts
-    x_NMD: torch.Tensor  # both models' vectors
-    f_NL: torch.Tensor   # the latents they encode to
+    rows: list             # tool rows, dicts
+    texts: list            # the prompts themselves
+    x_NMD: torch.Tensor    # both models' vectors
+    f_NL: torch.Tensor     # the latents they encode to
     needs_N: torch.Tensor  # does the right answer call a tool?
 
 
@@ -172,20 +183,6 @@ def read_prompts(run, split, most=None):
     x_NMD = collect_both(run.models, run.tokenizer, texts, s.layer)
     needs_N = torch.tensor([needs_tool(row) for row in rows])
     return Prompts(rows, texts, x_NMD, run.cc.encode(x_NMD), needs_N)
-
-
-def first_of_each_kind(prompts, most):
-    """At most `most` prompts of each kind."""
-    seen = Counter()
-    keep = []
-    for i, row in enumerate(prompts.rows):
-        kind = row.get("kind", needs_tool(row))
-        if seen[kind] < most:
-            keep.append(i)
-        seen[kind] += 1
-    rows = [prompts.rows[i] for i in keep]
-    texts = [prompts.texts[i] for i in keep]
-    return Prompts(rows, texts, prompts.x_NMD[keep], prompts.f_NL[keep], prompts.needs_N[keep])
 
 
 @dataclass
@@ -209,11 +206,15 @@ def survey_latents(run):
         raise ValueError("among dev rows two must need a tool and two must not")
 
     # the two contrasts: within the template, and as in the paper
-    texts = load_texts(s.tool_texts, s.plain_texts, run.tokenizer, "dev", 300)
-    x_NMD = collect_both(run.models, run.tokenizer, texts, s.layer)
-    x = {"needs": dev.x_NMD[dev.needs_N], "none": dev.x_NMD[~dev.needs_N],
-         "tool": x_NMD[:300], "plain": x_NMD[300:]}
-    f = {name: run.cc.encode(x_NMD) for name, x_NMD in x.items()}
+    tool_texts, plain_texts = load_texts(
+        s.tool_texts, s.plain_texts, run.tokenizer, "dev", 300, run.folder.parent / "cache")
+    x = {
+        "needs": dev.x_NMD[dev.needs_N],
+        "none": dev.x_NMD[~dev.needs_N],
+        "tool": collect_both(run.models, run.tokenizer, tool_texts, s.layer),
+        "plain": collect_both(run.models, run.tokenizer, plain_texts, s.layer),
+    }
+    f = {name: run.cc.encode(x_PMD) for name, x_PMD in x.items()}
 
     needs_MD = x["needs"].mean(0)
     none_MD = x["none"].mean(0)
@@ -258,8 +259,9 @@ def delta(cc, f_NL, latents, alpha):
 
 
 def take_away(cc, latents, along_D=None):
-    """An edit for hooked(): subtract at each token what exclusive latents of A would write there if
-    they survived the top k, which A alone cannot tell; along_D: its length along this direction."""
+    """An edit for hooked(): subtract at every token what exclusive latents of A write there. Which
+    survive the top k, A alone cannot tell: all are taken to. along_D: as long, along this direction
+    instead."""
     def edit(h_RTD):
         z_RTD = (h_RTD.float() - cc.mean[0]) / cc.scale[0]
         f_RTS = torch.relu(z_RTD @ cc.W_enc[0][:, latents] + cc.b_enc[latents])
@@ -277,7 +279,7 @@ def random_units(n, like_D):
 
 
 def control_units(cc, survey, latents, most_latents):
-    """{name: directions of length 1, (n, D)} that an effect has to beat. Other latents: the live
+    """{name: directions of length 1, (U, D)} that an effect has to beat. Other latents: the live
     ones of the partition, at most most_latents, those that separate best."""
     part = cc.parts()[partition_of(cc, latents[0])]
     f_NL = survey.dev.f_NL
@@ -295,9 +297,16 @@ def control_units(cc, survey, latents, most_latents):
 
 
 def as_long_as(v_ND, units):
-    """{name: (n, D)} -> {name: (n, N, D)}: along each direction, as long as v at each prompt."""
+    """{name: (U, D)} -> {name: (U, N, D)}: along each direction, as long as v at each prompt."""
     length_N1 = v_ND.norm(dim=1, keepdim=True)
-    return {name: length_N1 * u_nD[:, None] for name, u_nD in units.items()}
+    return {name: length_N1 * u_UD[:, None] for name, u_UD in units.items()}
+
+
+def reach_along(x_ND, direction_D, middle_D):
+    """As long as each vector reaches along a direction beyond a middle, along it -> (N, D)."""
+    unit_D = F.normalize(direction_D, dim=0)
+    reach_N = ((x_ND - middle_D) @ unit_D).relu()
+    return reach_N[:, None] * unit_D
 
 
 # ---- 3. Measure ----------------------------------------------------------------------------------
@@ -306,25 +315,30 @@ class Outcome(NamedTuple):
 
     exact: list         # 0 or 1 for each prompt that needs a tool
     false_calls: float  # tool calls on prompts that need none, in percent of these
-    texts: list         # the answers to all prompts
+    answers: list       # to all prompts, texts
 
 
 def outcomes(model, tokenizer, prompts, layer, v_VND, max_new):
     """[Outcome] of each version: v_VND[v] is added at the prompts' last tokens."""
     out = []
     keep_V = [1.] * len(v_VND)
-    said = generate(model, tokenizer, prompts.texts, max_new, layer, keep_V, v_VND)
-    for texts in said:
+    for answers in generate(model, tokenizer, prompts.texts, max_new, layer, keep_V, v_VND):
         exact = []
         called = []
-        for text, row, needs in zip(texts, prompts.rows, prompts.needs_N.tolist()):
-            s = score(text, row)
+        for answer, row, needs in zip(answers, prompts.rows, prompts.needs_N.tolist()):
+            s = score(answer, row)
             if needs:
                 exact.append(s["exact"])
             else:
                 called.append(s["called"])
-        out.append(Outcome(exact, 100 * float(np.mean(called or [0])), texts))
+        out.append(Outcome(exact, 100 * float(np.mean(called or [0])), answers))
     return out
+
+
+def outcomes_in(run, m, prompts, v_VND):
+    """The same in model m ("A" or "B") of a run."""
+    s = run.settings
+    return outcomes(run.models[m], run.tokenizer, prompts, s.layer, v_VND, s.max_new)
 
 
 class Intervention(NamedTuple):
@@ -334,100 +348,102 @@ class Intervention(NamedTuple):
     model: str           # "A" or "B": which is changed
     text: str            # what is done, in words
     v_ND: torch.Tensor   # what is added
-    controls: dict       # {name: (n, N, D)}: what is added instead; {}: it is a control itself
+    controls: dict       # {name: (U, N, D)}: what is added instead; {}: it is a control itself
     hoped: int = 1       # -1: calls should fall, +1: rise
 
 
-def best_strength(run, model, prompts, unit_ND, strengths):
-    """The smallest strength whose multiple of unit_ND has as many exact calls less false calls, in
-    percent of their rows, as the best one less its standard error: rows are few, and the larger
-    the push, the more any direction does. By exact calls alone one that calls always would win."""
-    v_VND = torch.stack([strength * unit_ND for strength in strengths])
-    found = outcomes(run.models[model], run.tokenizer, prompts, run.settings.layer, v_VND,
-                     run.max_new)
-    gain = [100 * np.mean(o.exact) - o.false_calls for o in found]
+def best_strength(run, m, prompts, unit_ND, strengths):
+    """The strength c of a push c unit_ND into model m ("A" or "B"), by prompts that do not count:
+
+        gain(c) = exact calls - false calls, each in percent of its prompts
+        the smallest c with gain(c) >= best gain - standard error of the best one's exact calls
+
+    The larger the push, the more any direction does: hence the smallest. By exact calls alone, a
+    push would win that makes the model call always."""
+    v_VND = torch.stack([c * unit_ND for c in strengths])
+    found = outcomes_in(run, m, prompts, v_VND)
+    gain = [100 * np.mean(outcome.exact) - outcome.false_calls for outcome in found]
     exact = found[np.argmax(gain)].exact
-    error = 100 * np.std(exact) / len(exact) ** .5  # of the best one's exact calls
+    error = 100 * np.std(exact) / len(exact) ** .5
     return min(c for c, g in zip(strengths, gain) if g >= max(gain) - error)
 
 
+def with_controls(kind, model, text, v_ND, units, hoped=1):
+    """An intervention beside pushes as long. Where a latent is taken away, so are the controls:
+    hence the sign."""
+    controls = as_long_as(v_ND, units)
+    controls = {name: hoped * v_UND for name, v_UND in controls.items()}
+    return Intervention(kind, model, text, v_ND, controls, hoped)
+
+
 def list_interventions(run, survey, latents, dev, test, units):
-    """All that is done to the models on test prompts, a line of the table each. Strengths are
-    chosen on dev prompts."""
+    """All that is done to the models on test prompts, each a line of the table."""
     cc = run.cc
     dev_ND = written(cc, dev.f_NL, latents)
     test_ND = written(cc, test.f_NL, latents)
-    needs_SL = survey.dev.f_NL[survey.dev.needs_N]
 
-    # what needs no dictionary: the same to all, or as long as A's own vector reaches along it
-    mean_D = survey.needs_minus_none_D
+    # one f for all prompts
+    f_PL = survey.dev.f_NL[survey.dev.needs_N]
+    mean_ND = written(cc, f_PL.mean(0, keepdim=True), latents).expand_as(test_ND)
+    maximum_ND = written(cc, f_PL.amax(0, keepdim=True), latents).expand_as(test_ND)
 
-    def reach(prompts):
-        unit_D = F.normalize(mean_D, dim=0)
-        along_N = (prompts.x_NMD[:, 0] - survey.middle_D) @ unit_D
-        return along_N.relu()[:, None] * unit_D
+    # without a dictionary
+    apart_D = survey.needs_minus_none_D
+    reach_dev_ND = reach_along(dev.x_NMD[:, 0], apart_D, survey.middle_D)
+    reach_test_ND = reach_along(test.x_NMD[:, 0], apart_D, survey.middle_D)
 
-    # strengths
-    more = [alpha - 1 for alpha in ALPHAS if alpha > 1]
+    # strengths, on dev prompts
     copies = (.25, .5, 1, 2, 4, 8)
-    alpha = 1 + best_strength(run, "A", dev, dev_ND, more)
-    copy = best_strength(run, "B", dev, dev_ND, copies)
-    constant = best_strength(run, "B", dev, mean_D.expand_as(dev_ND), copies)
-    along = best_strength(run, "B", dev, reach(dev), copies)
-
-    def all_prompts(f_L):  # what latents write with the same activations everywhere
-        return written(cc, f_L[None], latents).expand_as(test_ND)
-
-    def controlled(kind, model, text, v_ND, hoped=1):
-        # taken away, a control is taken away too: hence the sign
-        controls = as_long_as(v_ND, units)
-        controls = {name: hoped * v_nND for name, v_nND in controls.items()}
-        return Intervention(kind, model, text, v_ND, controls, hoped)
+    alpha = 1 + best_strength(run, "A", dev, dev_ND, [alpha - 1 for alpha in ALPHAS])
+    c = best_strength(run, "B", dev, dev_ND, copies)
+    c_constant = best_strength(run, "B", dev, apart_D.expand_as(dev_ND), copies)
+    c_reach = best_strength(run, "B", dev, reach_dev_ND, copies)
 
     return [
-        controlled("down", "A", "taken away from A", -test_ND, hoped=-1),
-        controlled("up", "A", f"scaled by alpha = {alpha:g} in A", (alpha - 1) * test_ND),
-        controlled("into B", "B", "its mean added to B", all_prompts(needs_SL.mean(0))),
-        controlled("into B", "B", "its maximum added to B", all_prompts(needs_SL.amax(0))),
-        controlled("as in A", "B", f"its activation in A x {copy:g} added to B", copy * test_ND),
-        Intervention("as in A", "B", f"constant needs - none x {constant:g} added to B",
-                     constant * mean_D.expand_as(test_ND), {}),
-        Intervention("as in A", "B", f"A along needs - none x {along:g} added to B",
-                     along * reach(test), {}),
+        with_controls("down", "A", "taken away from A", delta(cc, test.f_NL, latents, 0), units,
+                      hoped=-1),
+        with_controls("up", "A", f"scaled by alpha = {alpha:g} in A",
+                      delta(cc, test.f_NL, latents, alpha), units),
+        with_controls("into B", "B", "its mean added to B", mean_ND, units),
+        with_controls("into B", "B", "its maximum added to B", maximum_ND, units),
+        with_controls("as in A", "B", f"its activation in A x {c:g} added to B", c * test_ND,
+                      units),
+        Intervention("as in A", "B", f"constant needs - none x {c_constant:g} added to B",
+                     c_constant * apart_D.expand_as(test_ND), {}),
+        Intervention("as in A", "B", f"A along needs - none x {c_reach:g} added to B",
+                     c_reach * reach_test_ND, {}),
     ]
 
 
 def measure(run, prompts, intervention):
     """(the outcome of an intervention, {name: [outcome of each control]})."""
     v_VND = torch.cat([intervention.v_ND[None], *intervention.controls.values()])
-    model = run.models[intervention.model]
-    own, *others = outcomes(model, run.tokenizer, prompts, run.settings.layer, v_VND, run.max_new)
+    own, *others = outcomes_in(run, intervention.model, prompts, v_VND)
     controls = {}
-    for name, v_nND in intervention.controls.items():
-        controls[name] = others[:len(v_nND)]
-        others = others[len(v_nND):]
+    for name, v_UND in intervention.controls.items():
+        controls[name] = others[:len(v_UND)]
+        others = others[len(v_UND):]
     return own, controls
 
 
-def measure_every_token(run, prompts, latents, random_nD):
+def measure_every_token(run, prompts, latents, random_UD):
     """The same of latents taken away from A at every token of prompt and answer; controls are
     random directions."""
-    model = run.models["A"]
     nothing_VND = torch.zeros(1, *prompts.x_NMD[:, 0].shape)
     found = []
-    for along_D in (None, *random_nD):
-        with hooked(model, run.settings.layer, take_away(run.cc, latents, along_D)):
-            found += outcomes(model, run.tokenizer, prompts, run.settings.layer, nothing_VND,
-                              run.max_new)
+    for along_D in (None, *random_UD):
+        with hooked(run.models["A"], run.settings.layer, take_away(run.cc, latents, along_D)):
+            found += outcomes_in(run, "A", prompts, nothing_VND)
     return found[0], {"random": found[1:]}
 
 
 @torch.no_grad()
-def measure_plain_text(run, latents, random_nD, texts):
+def measure_plain_text(run, latents, random_UD, texts):
     """Change of A's cross-entropy, the mean over texts of nats a token, when latents are taken away
-    at every token, beside random directions of that length."""
+    at every token, beside random directions of that length ("pp" are nats here)."""
     model = run.models["A"]
-    ids = [tokens for tokens in token_ids(run.tokenizer, texts) if len(tokens) > 1]
+    longest = longest_text(model)
+    ids = [tokens[:longest] for tokens in token_ids(run.tokenizer, texts) if len(tokens) > 1]
 
     def losses(edit):
         out = []
@@ -439,7 +455,7 @@ def measure_plain_text(run, latents, random_nD, texts):
 
     clean = losses(lambda h: h)
     own = paired(losses(take_away(run.cc, latents)), clean, unit=1)
-    controls = [paired(losses(take_away(run.cc, latents, u_D)), clean, unit=1) for u_D in random_nD]
+    controls = [paired(losses(take_away(run.cc, latents, u_D)), clean, unit=1) for u_D in random_UD]
     return {"nats": own, "random": [change["pp"] for change in controls]}
 
 
@@ -500,21 +516,20 @@ class Result:
 
 def steer(run, survey, latents, most_rows=40, thorough=False):
     """The whole table of latents on test rows -> (Result, {what was done: answers}, prompts)."""
-    dev = first_of_each_kind(survey.dev, 30)
+    dev = read_prompts(run, "dev", 30)
     test = read_prompts(run, "test", most_rows)
     units = control_units(run.cc, survey, latents, 60 if thorough else 20)
 
     # clean answers, then each intervention
     nothing_VND = torch.zeros(1, *test.x_NMD[:, 0].shape)
     clean = {}
-    for m, model in run.models.items():
-        clean[m], = outcomes(model, run.tokenizer, test, run.settings.layer, nothing_VND,
-                             run.max_new)
+    for m in "AB":
+        [clean[m]] = outcomes_in(run, m, test, nothing_VND)
     claims = []
-    texts = {}
+    answers = {}
     for todo in list_interventions(run, survey, latents, dev, test, units):
         own, controls = measure(run, test, todo)
-        texts[todo.text] = own.texts
+        answers[todo.text] = own.answers
         claims.append(compare(todo.kind, todo.text, todo.hoped, clean[todo.model], own, controls))
 
     # at every token: what an exclusive latent reads can be told from A alone
@@ -522,16 +537,17 @@ def steer(run, survey, latents, most_rows=40, thorough=False):
     if thorough and max(latents) < run.cc.n_a:
         own, controls = measure_every_token(run, test, latents, units["random"])
         text = "taken away from A at every token"
-        texts[text] = own.texts
+        answers[text] = own.answers
         claims.append(compare("down, every token", text, -1, clean["A"], own, controls))
         s = run.settings
-        plain = load_texts(s.tool_texts, s.plain_texts, run.tokenizer, "test", 60)[60:]
+        _, plain = load_texts(s.tool_texts, s.plain_texts, run.tokenizer, "test", 60,
+                              run.folder.parent / "cache")
         plain_text = measure_plain_text(run, latents, units["random"], plain)
 
     n_needs = int(test.needs_N.sum())
     rows = {"needs": n_needs, "none": len(test.rows) - n_needs}
     own_rows = [row for row in survey.ranking if row["feature_idx"] in latents]
-    return Result(latents, rows, own_rows, claims, plain_text), texts, test
+    return Result(latents, rows, own_rows, claims, plain_text), answers, test
 
 
 # ---- 5. Print ------------------------------------------------------------------------------------
@@ -601,7 +617,7 @@ def steer_own_words(run, latents, text, alphas):
     alphas = [1., *alphas]
     f_NL = run.cc.encode(collect_both(run.models, run.tokenizer, [prompt], layer))
     v_VND = torch.stack([delta(run.cc, f_NL, latents, alpha) for alpha in alphas])
-    said = generate(run.models["A"], run.tokenizer, [prompt], run.max_new, layer,
+    said = generate(run.models["A"], run.tokenizer, [prompt], run.settings.max_new, layer,
                     [1.] * len(v_VND), v_VND)
     for alpha, (answer,) in zip(alphas, said):
         print(f"\n--- alpha = {alpha:g}\n{answer}")
@@ -623,12 +639,10 @@ def steer_own_words(run, latents, text, alphas):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("run", nargs="?", help="run folder (default: the newest)")
-    p.add_argument("--preset", choices=["tiny", "paper"], help="for a crosscoder without a run: "
-                   "whose models and texts")
     p.add_argument("--latents", nargs="+", type=int, help="which to change, together (default: the "
                    "A-exclusive one that separates dev rows best)")
-    p.add_argument("--rows", type=int, default=40, help="test rows of each kind, which is a row's "
-                   "\"kind\" or whether it needs a tool (40)")
+    p.add_argument("--rows", type=at_least_one, default=40, help="test rows of each kind, "
+                   "which is a row's \"kind\" or whether it needs a tool (40)")
     p.add_argument("--thorough", action="store_true", help="60 other latents as controls, not 20; "
                    "the latents taken away at every token, also from plain text")
     p.add_argument("--prompt", help="steer A's answer to these words of a user: print the texts, "
@@ -646,27 +660,27 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     began = time.time()
-    run = open_run(args.run, args.preset)
+    run = open_run(args.run)
     survey = survey_latents(run)
     latents = choose_latents(run.cc, survey.ranking, args.latents)
     if args.prompt is not None:
         return steer_own_words(run, latents, args.prompt, args.alpha)
 
-    result, texts, test = steer(run, survey, latents, args.rows, args.thorough)
+    result, answers, test = steer(run, survey, latents, args.rows, args.thorough)
     print_result(result, run.folder, run.settings.layer)
 
     # the table, every answer, the ranking
     lines = []
     for i, row in enumerate(test.rows):
-        answers = {what: said[i] for what, said in texts.items()}
-        lines.append({"prompt": test.texts[i], "gold": row["output"], **answers})
+        said = {what: texts[i] for what, texts in answers.items()}
+        lines.append({"prompt": test.texts[i], "gold": row["output"], **said})
     steering = {**asdict(result), "seconds": time.time() - began}
     save_result(run.folder, "steering", steering, lines, "steer.jsonl")
     with atomically(run.folder / "ranking.csv") as part, open(part, "w", newline="") as file:
-        table = csv.DictWriter(file, survey.ranking[0])
+        table = csv.DictWriter(file, survey.ranking[0] if survey.ranking else [])
         table.writeheader()
         table.writerows(survey.ranking)
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    leave(cli(main))

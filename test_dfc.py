@@ -4,6 +4,7 @@ three files. Where there is one, a piece is compared with a slow, obvious versio
     pytest        # a minute on 2 CPU cores, without a GPU and without a network
 """
 import os  # set before the libraries look at it
+
 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import argparse

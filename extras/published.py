@@ -1,0 +1,98 @@
+"""A published crosscoder as a run, which eval_toolcall.py, steer.py and grid.py can open.
+
+The authors' files are model.pt (W_enc (2, D, L), b_enc (L), W_dec (L, 2, D), b_dec (2, D) and the
+masks of a DFC), config.json (sizes) and hparams.json (the layer). The mean and scale of the vectors
+that it was trained on are lost: they are fitted again, on 600 training texts.
+
+    python extras/published.py antebe1/dfc-D8k-excl10-k45     # the paper's pair: a GPU, the hub
+    python steer.py runs/antebe1--dfc-D8k-excl10-k45
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers.utils import cached_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dfc
+
+SIZES = ("activation_dim", "dict_size", "k", "n_a", "n_b")
+
+
+def read_checkpoint(name):
+    """The crosscoder in a folder or a hub name, in the authors' form; nothing in it is executed.
+    Raises ValueError."""
+    with dfc.errors_about(name):
+        config = json.loads(Path(cached_file(name, "config.json")).read_text())
+        missing = [key for key in SIZES if not isinstance(config.get(key), int)]
+        if missing:
+            raise ValueError(f"its config.json tells no {', '.join(missing)}")
+        cc = dfc.Crosscoder(*[config[key] for key in SIZES])
+
+        state = torch.load(cached_file(name, "model.pt"), map_location="cpu", weights_only=True)
+        weights = {key: t.float() for key, t in state.items() if not key.endswith("mask")}
+        cc.load_state_dict({**dict(cc.named_buffers()), **weights})
+        cc.confine(cc.W_enc, cc.W_dec)
+        return cc.requires_grad_(False)
+
+
+def layer_of(name):
+    """The layer that its files tell, or None."""
+    for file in ("hparams.json", "config.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        own = json.loads(Path(path).read_text()) if path else {}
+        if "layer" in own:
+            return own["layer"]
+
+
+def settings_of(cc, name, layer, preset, out):
+    """The settings under which a crosscoder would have been trained: the preset's models and texts,
+    its own sizes and layer."""
+    n_latents = len(cc.b_enc)
+    asked = {"preset": preset, "recipe": "paper", "dict": n_latents, "k": cc.k,
+             "excl": cc.n_a / n_latents, "excl-b": cc.n_b / n_latents,
+             "out": out or f"runs/{name.strip('/').replace('/', '--')}"}
+    if layer is not None:
+        asked["layer"] = layer
+    return dfc.parse_args([f"--{key}={value}" for key, value in asked.items()])
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    p.add_argument("name", help="a crosscoder of the authors: folder or hub name")
+    p.add_argument("--preset", choices=dfc.PRESETS, default="paper", help="whose models and texts, "
+                   "and the layer unless the crosscoder tells its own (paper)")
+    p.add_argument("--out", help="run folder (default: runs/ and the name)")
+    args = p.parse_args(argv)
+    cc = read_checkpoint(args.name)
+    s = settings_of(cc, args.name, layer_of(args.name), args.preset, args.out)
+    if Path(s.out).exists():
+        raise ValueError(f"{s.out} is there already: give another --out")
+
+    # both models' vectors, for the lost mean and scale
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cache = Path(s.out).parent / "cache"
+    tokenizer = dfc.load_tokenizer(s.model_a, s.model_b)
+    x = {}
+    for split in ("train", "dev"):
+        tool_texts, plain_texts = dfc.load_texts(
+            s.tool_texts, s.plain_texts, tokenizer, split, 300, cache, s.recipe)
+        x[split] = dfc.collect_pair(
+            s.model_a, s.model_b, tool_texts + plain_texts, s.layer, cache, device)
+    with dfc.errors_about(f"{args.name} with {s.model_a}"):  # their widths may differ
+        cc.fit_scale(x["train"])
+
+    metrics = {**dfc.measure(cc, x["train"], x["dev"]), "config": asdict(s), "crosscoder": args.name}
+    with dfc.atomically(Path(s.out)) as folder:
+        dfc.save(cc, folder)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    print(f"saved   {s.out}; variance explained, dev texts: "
+          "A {A:.3f}, B {B:.3f}".format(**metrics["fve"]))
+
+
+if __name__ == "__main__":
+    dfc.leave(dfc.cli(main))
