@@ -288,7 +288,7 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
         z_BMD = cc.normalise(x_NMD[next(order).to(x_NMD.device)])
 
         # forward
-        with torch.autocast(x_NMD.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(x_NMD.device.type, torch.bfloat16, bf16):
             pre_BL = cc.preactivate(z_BMD)
         f_Bk, index_Bk = keep_largest(pre_BL, cc.k)
         zhat_BMD = decode_active(f_Bk, index_Bk, cc.W_dec) + cc.b_dec
@@ -720,8 +720,8 @@ def main(argv=None):
     if not Path(s.out).exists():
         train_run(s, "cuda" if torch.cuda.is_available() else "cpu")
     metrics = read_metrics(s.out)  # nothing but a run of ours is ever taken for one
-    config = metrics["config"]
-    other = [name for name, value in asdict(s).items() if name != "out" and config[name] != value]
+    other = [name for name, value in asdict(s).items()
+             if name != "out" and metrics["config"][name] != value]
     if other:
         raise ValueError(f"{s.out} is a run with another {', '.join(other)}: give another --out")
 
@@ -837,8 +837,9 @@ def read_metrics(folder):
 def cli(main, argv=None):
     """main(argv). What the user can mend, a ValueError, an OSError or too little memory, becomes
     one line and exit status 2; the rest are bugs."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty():  # on a terminal the hub's retries and downloads are seen
         logging.disable_progress_bar()
+        logging.get_logger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return main(argv)
     except (ValueError, OSError, RuntimeError) as e:

@@ -86,7 +86,8 @@ def main(argv=None):
     with dfc.errors_about(f"{args.name} with {s.model_a}"):  # their widths may differ
         cc.fit_scale(x["train"])
 
-    metrics = {**dfc.measure(cc, x["train"], x["dev"]), "config": asdict(s), "crosscoder": args.name}
+    measured = dfc.measure(cc, x["train"], x["dev"])
+    metrics = {**measured, "config": asdict(s), "crosscoder": args.name}
     with dfc.atomically(Path(s.out)) as folder:
         dfc.save(cc, folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
