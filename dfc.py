@@ -474,21 +474,21 @@ def read_rows(name, fields, stream=False):
     """Yields rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name"
     or "owner/name:config"; stream: without a copy on the disk. A row in which one of the texts is
     null is left out, and counted. Raises ValueError naming file and row, OSError."""
-    number = 0
+    done = 0
     left_out = 0
     try:
         for row in open_rows(name, stream):
-            number += 1
             texts = [row[field] for field in fields]
             if None in texts:
                 left_out += 1
-                continue
-            "".join(texts).encode()  # half a surrogate pair ends here
-            yield row
+            else:
+                "".join(texts).encode()  # half a surrogate pair ends here
+                yield row
+            done += 1
     except (LookupError, TypeError, ValueError) as e:
-        raise ValueError(f"{name}, row {number or 1}, needs the texts {fields}: {e}") from e
+        raise ValueError(f"{name}, row {done + 1}, needs the texts {fields}: {e}") from e
     if left_out:
-        print(f"{name}: {left_out} of {number} rows left out, a text is null", file=sys.stderr)
+        print(f"{name}: {left_out} of {done} rows left out, a text is null", file=sys.stderr)
 
 
 def split_of(row):
@@ -583,10 +583,11 @@ def plain_chunks(name, tokenizer, split, n, cache):
             pieces += chunks(row["text"], tokenizer)
         if len(pieces) >= n:
             break
+    pieces = pieces[:n]
     if not name.endswith(".jsonl"):
         with atomically(file) as part:
-            part.write_text(json.dumps(pieces[:n]))
-    return pieces[:n]
+            part.write_text(json.dumps(pieces))
+    return pieces
 
 
 def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", seed=0):
@@ -615,7 +616,7 @@ def save(cc, folder):
     save_file(cc.state_dict(), folder / "model.safetensors")
     config = {"activation_dim": cc.W_dec.shape[2], "dict_size": len(cc.W_dec), "k": cc.k,
               "n_a": cc.n_a, "n_b": cc.n_b, "tied": cc.tied}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def load(folder, device="cpu"):
@@ -708,7 +709,8 @@ def measure(cc, x_NMD, dev_NMD):
     active_L = sum((cc.encode(x_BMD) > 0).sum(0) for x_BMD in x_NMD.split(1024))
     fires_L = active_L / len(x_NMD)
 
-    out = {"fve": dict(zip("AB", fve(dev_NMD.float(), xhat_NMD).tolist())), "l0": {}, "live": {}}
+    fve_M = fve(dev_NMD.float(), xhat_NMD).tolist()
+    out = {"fve": dict(zip("AB", fve_M)), "l0": {}, "live": {}}
     for name, part in cc.parts().items():
         out["l0"][name] = fires_L[part].sum().item()
         out["live"][name] = (fires_L[part] > 0).float().mean().item()
@@ -802,12 +804,9 @@ def open_rows(name, stream):
     """The rows of read_rows(), as they come."""
     if name.endswith(".jsonl"):
         return map(json.loads, filter(bytes.strip, Path(name).read_bytes().splitlines()))
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise OSError(f"{name} is no .jsonl; for a dataset: pip install datasets") from None
     path, _, config = name.partition(":")
-    with errors_about(name):
+    with errors_about(f"{name} (no .jsonl, so a dataset: pip install datasets)"):
+        from datasets import load_dataset
         return load_dataset(path, config or None, split="train", streaming=stream)
 
 
