@@ -474,10 +474,11 @@ def read_rows(name, fields, stream=False):
     """Yields rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name"
     or "owner/name:config"; stream: without a copy on the disk. A row in which one of the texts is
     null is left out, and counted. Raises ValueError naming file and row, OSError."""
+    rows = open_rows(name, stream)
     done = 0
     left_out = 0
     try:
-        for row in open_rows(name, stream):
+        for row in rows:
             texts = [row[field] for field in fields]
             if None in texts:
                 left_out += 1
@@ -485,7 +486,7 @@ def read_rows(name, fields, stream=False):
                 "".join(texts).encode()  # half a surrogate pair ends here
                 yield row
             done += 1
-    except (LookupError, TypeError, ValueError) as e:
+    except (LookupError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{name}, row {done + 1}, needs the texts {fields}: {e}") from e
     if left_out:
         print(f"{name}: {left_out} of {done} rows left out, a text is null", file=sys.stderr)

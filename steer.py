@@ -22,11 +22,13 @@ dictionary is needed, A - B on prompts that need a tool and, in A, needs - none 
 prompt. The last is also added to B as one would use it without a dictionary: the same to all
 prompts, or as long as A's own vector reaches along it, with strengths of their own.
 
-The verdict is computed from exact calls alone:
+The verdict is computed from exact calls alone, with the margin: the effect less the strongest
+control's, on the same prompts.
 
-    no                    the effect's 95 % interval reaches 0 or the strongest random direction
-    beyond random         it lies beyond both
-    beyond every control  it lies beyond every other latent and both differences of means as well
+    no                    the 95 % interval of the effect, or of its margin over random directions,
+                          reaches 0
+    beyond random         neither does
+    beyond every control  nor do the margins over other latents and both differences of means
 
 Beside it stand the false calls, tool calls on prompts that need none: a push that always makes the
 model call has many exact calls, too.
@@ -466,41 +468,48 @@ class Claim:
 
     kind: str           # as in Intervention
     text: str
+    hoped: int
     effect: dict        # change of exact calls {pp, lo, hi}
     false_calls: float
     clean: dict         # before: {exact, false_calls}
     controls: dict      # {name: [{pp, lo, hi, false_calls}]}
+    margins: dict       # {name: the effect less the strongest such control's {pp, lo, hi}}
     verdict: str
 
 
 def compare(kind, text, hoped, clean, own, controls):
     """Outcomes -> the Claim."""
-    effect = paired(own.exact, clean.exact)
     changes = {}
+    margins = {}
     for name, found in controls.items():
         changes[name] = [{**paired(o.exact, clean.exact), "false_calls": o.false_calls}
                          for o in found]
+        if found:
+            strongest = max(found, key=lambda outcome: hoped * np.mean(outcome.exact))
+            margins[name] = paired(own.exact, strongest.exact)
+
+    effect = paired(own.exact, clean.exact)
     before = {"exact": 100 * float(np.mean(clean.exact)), "false_calls": clean.false_calls}
-    decided = verdict(effect, changes, hoped)
+    decided = verdict(effect, margins, hoped)
     if len(own.exact) < 20:
         decided = "too few rows"  # a bootstrap of a few says nothing
-    return Claim(kind, text, effect, own.false_calls, before, changes, decided)
+    return Claim(kind, text, hoped, effect, own.false_calls, before, changes, margins, decided)
 
 
-def verdict(effect, controls, hoped):
-    """The verdict on an effect {pp, lo, hi} beside {name: [{pp, ...}]}; hoped -1: calls should
-    fall, +1: rise. Not corrected for the number of claims."""
-    if not controls:
+def verdict(effect, margins, hoped):
+    """The verdict on an effect and its margins {name: ...}, each {pp, lo, hi}; hoped -1: calls
+    should fall, +1: rise. Not corrected for the number of claims."""
+    if not margins:
         return "a control itself"
-    least = min(hoped * effect["lo"], hoped * effect["hi"])
-    beyond = {}
-    for name, changes in controls.items():
-        strongest = max((hoped * change["pp"] for change in changes), default=0)
-        beyond[name] = least > max(0, strongest)
 
-    if all(beyond.values()) and len(beyond) > 1:  # at every token only random ones are tried
-        return "beyond every control"
-    return "beyond random" if beyond["random"] else "no"
+    def beyond_0(change):
+        return min(hoped * change["lo"], hoped * change["hi"]) > 0
+
+    if not beyond_0(effect) or not beyond_0(margins["random"]):
+        return "no"
+    if len(margins) > 1 and all(map(beyond_0, margins.values())):
+        return "beyond every control"  # at every token only random directions are tried
+    return "beyond random"
 
 
 @dataclass
@@ -560,15 +569,15 @@ def print_result(result, folder, layer):
     print(f"\n{folder}, layer {layer}, latent {names}; test rows: {result.rows['needs']} that need "
           f"a tool, {result.rows['none']} that do not\n")
     print(f"{'':38s}exact calls, %                 false    changes by controls, pp (most false "
-          "calls)")
+          f"calls){'':16s}less the strongest")
     heads = "".join(f"{name:>15s}" for name in CONTROLS)
-    print(f"{'':38s}clean  change, pp, 95 %     calls, %{heads}   verdict")
+    print(f"{'':38s}clean  change, pp, 95 %     calls, %{heads}   control, 95 %       verdict")
     for claim in result.claims:
         change = "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**claim.effect)
         cells = "".join(f"{control_cell(claim.controls.get(name)):>15s}" for name in CONTROLS)
         print(f"{claim.text:38s}{claim.clean['exact']:5.0f}  {change:20s}{claim.false_calls:10.0f}"
-              f"{cells}   {claim.verdict}")
-    print("verdict: does the interval of exact calls lie beyond 0 and random, or every control?")
+              f"{cells}   {margin_cell(claim):20s}{claim.verdict}")
+    print("verdict: do the intervals of the change and of its margins over controls lie beyond 0?")
 
     for row in result.ranking:
         print("dev rows, latent {feature_idx}, {contrast}: d {cohens_d:.2f}, AUROC {auroc:.3f}, "
@@ -589,6 +598,14 @@ def control_cell(changes):
     most = max(change["false_calls"] for change in changes)
     low, high = f"{min(pp):.0f}", f"{max(pp):.0f}"
     return f"{low} ({most:.0f})" if low == high else f"{low}..{high} ({most:.0f})"
+
+
+def margin_cell(claim):
+    """The smallest margin, over the strongest of all controls."""
+    if not claim.margins:
+        return "-"
+    smallest = min(claim.margins.values(), key=lambda margin: claim.hoped * margin["pp"])
+    return "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**smallest)
 
 
 # ---- 6. Your own prompt, and where a latent fires ------------------------------------------------

@@ -1,0 +1,190 @@
+"""How many latents does it take? Take the first n away, or copy them into B, on many seeds.
+
+The first n latents of a part are those that separate prompts best by Cohen's d on dev rows, of
+those that are larger where a tool is needed: A-exclusive ones, in a plain crosscoder all. At the
+prompt's last token
+
+    taken away    A loses what they write                          how many calls are left?
+    as in A       c times that is added to B, c chosen on dev      how many calls appear?
+
+each beside n latents drawn from the same part, and beside a random direction as long on each
+prompt. One dictionary is one draw of a lottery: hence many seeds, a thin line each in the picture.
+
+    python extras/saturation.py                     # the newest run: a minute on 2 CPU cores
+    python extras/saturation.py --all runs/many --seeds 10 11      # trains every kind below as well
+
+What is done is not done again: stop it anywhere. Two processes with other seeds share the work.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dfc
+from eval_toolcall import at_least_one, open_run, save_result
+from steer import (
+    Prompts,
+    as_long_as,
+    best_strength,
+    cohens_d,
+    outcomes_in,
+    random_units,
+    read_prompts,
+    written,
+)
+
+SIZES = (1, 2, 3, 5, 10, 20, 40)
+KINDS = {  # name: how dfc.py trains it
+    "preset": "",
+    "plain": "--excl 0",
+    "untied": "--no-tie-shared",
+    "with a B part": "--excl-b .1",
+    "as published": "--recipe paper",
+    "1,024, k 16": "--dict 1024 --k 16",
+    "8,192, k 45": "--dict 8192 --k 45",
+}
+
+
+# ---- 1. What all dictionaries of a pair share ----------------------------------------------------
+@dataclass
+class Scene:
+    """Prompts and clean answers; they do not depend on the dictionary."""
+
+    dev: Prompts      # for the ranking
+    few_dev: Prompts  # for strengths
+    report: Prompts   # for results: dev or test rows
+    clean: dict       # before: {"A", "B": {"exact", "false_calls"}}, percent of these
+
+
+def make_scene(run, split, most_rows):
+    """The scene of a run's pair and layer."""
+    report = read_prompts(run, split, most_rows)
+    nothing = {"clean": torch.zeros_like(report.x_NMD[:, 0])}
+    clean = {m: measure(run, m, report, nothing)["clean"] for m in "AB"}
+    return Scene(read_prompts(run, "dev"), read_prompts(run, "dev", 12), report, clean)
+
+
+def measure(run, m, prompts, versions):
+    """{name: what is added to model m, (N, D)} -> {name: {"exact", "false_calls"} in percent}."""
+    out = {}
+    found = outcomes_in(run, m, prompts, torch.stack(list(versions.values())))
+    for name, outcome in zip(versions, found):
+        exact = 100 * float(np.mean(outcome.exact))
+        out[name] = {"exact": exact, "false_calls": outcome.false_calls}
+    return out
+
+
+# ---- 2. One dictionary ---------------------------------------------------------------------------
+def saturate(run, scene):
+    """What metrics.json keeps of one dictionary."""
+    cc = run.cc
+    dev, few_dev, report = (replace(prompts, f_NL=cc.encode(prompts.x_NMD))
+                            for prompts in (scene.dev, scene.few_dev, scene.report))
+
+    # the order of the part's latents
+    d_L = cohens_d(dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
+    part = list(range(cc.n_a or len(d_L)))
+    order = sorted((latent for latent in part if d_L[latent] > 0), key=lambda latent: -d_L[latent])
+
+    sizes = []
+    for n in SIZES:
+        if n > len(order):
+            break
+        latents = order[:n]
+        drawn = np.random.default_rng(n).choice(part, n, replace=False).tolist()
+        own_ND = written(cc, report.f_NL, latents)
+        random_UND = as_long_as(own_ND, {"": random_units(1, cc.mean[0])})[""]
+        adds = {"latents": own_ND, "drawn": written(cc, report.f_NL, drawn),
+                "random": random_UND[0]}
+
+        c = best_strength(run, "B", few_dev, written(cc, few_dev.f_NL, latents), (.5, 1, 2, 4))
+        removed = measure(run, "A", report, {name: -v_ND for name, v_ND in adds.items()})
+        copied = measure(run, "B", report, {name: c * v_ND for name, v_ND in adds.items()})
+        sizes.append({"n": n, "latents": latents, "c": c, "taken away": removed, "as in A": copied})
+    return {"sizes": sizes, "clean": scene.clean, "rows": int(report.needs_N.sum())}
+
+
+# ---- 3. Many dictionaries, and the table ---------------------------------------------------------
+def train_all(kinds, seeds, where):
+    """Train what is missing of these kinds and seeds, and yield the folders as they are there."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for seed in seeds:
+        for kind in kinds:
+            folder = Path(where, f"{kind.replace(',', '').replace(' ', '-')}-seed{seed}")
+            if not folder.exists():
+                asked = [*KINDS[kind].split(), "--seed", str(seed), "--out", str(folder)]
+                dfc.train_run(dfc.parse_args(asked), device)
+            yield folder
+
+
+def kind_of(config):
+    """The name in KINDS of a run's settings; else its folder's."""
+    for kind, flags in KINDS.items():
+        wanted = dfc.parse_args(flags.split())
+        names = ("dict", "k", "excl", "excl_b", "tie_shared", "recipe")
+        if all(config[name] == getattr(wanted, name) for name in names):
+            return kind
+    return Path(config["out"]).name
+
+
+def print_table(results, intervention, added, figure):
+    """A line for each kind of dictionary: mean (range) over seeds, for each n."""
+    print(f"\n{intervention}, {added}: {figure}, %, mean (range) over seeds\n{'':14s}{'seeds':>6s}"
+          + "".join(f"{f'n = {n}':>14s}" for n in SIZES))
+    for kind in dict.fromkeys(kind for kind, _ in results):
+        runs = [result["sizes"] for own, result in results if own == kind]
+        cells = ""
+        for i in range(len(SIZES)):
+            values = [sizes[i][intervention][added][figure] for sizes in runs if i < len(sizes)]
+            cell = f"{np.mean(values):.0f} ({min(values):.0f}-{max(values):.0f})" if values else "-"
+            cells += f"{cell:>14s}"
+        print(f"{kind:14s}{len(runs):6d}{cells}")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    p.add_argument("runs", nargs="*", help="run folders (default: the newest)")
+    p.add_argument("--all", metavar="FOLDER", help="train dictionaries into this folder, first")
+    p.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of --all (all)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --all (0)")
+    p.add_argument("--split", choices=["dev", "test"], default="test", help="rows to report (test)")
+    p.add_argument("--rows", type=at_least_one, default=20, help="of each kind (20)")
+    args = p.parse_args(argv)
+    folders = args.runs or [None]
+    total = len(folders)
+    if args.all:
+        folders = train_all(args.kinds, args.seeds, args.all)
+        total = len(args.kinds) * len(args.seeds)
+
+    load_model = cache(dfc.load_model)
+    scenes = {}
+    results = []
+    key = f"saturation_{args.split}"
+    for folder in tqdm(folders, "dictionaries", total, disable=None):
+        run = open_run(folder, load_model)
+        metrics = dfc.read_metrics(run.folder)
+        result = metrics.get(key, {})
+        if result.get("asked") != args.rows:
+            s = run.settings
+            pair = s.model_a, s.model_b, s.tool_texts, s.layer
+            if pair not in scenes:
+                scenes[pair] = make_scene(run, args.split, args.rows)
+            result = {**saturate(run, scenes[pair]), "asked": args.rows}
+            save_result(run.folder, key, result, result["sizes"], f"{key}.jsonl")
+        results.append((kind_of(metrics["config"]), result))
+
+    for intervention in ("taken away", "as in A"):
+        for added, figure in (("latents", "exact"), ("latents", "false_calls"), ("drawn", "exact"),
+                              ("random", "exact")):
+            print_table(results, intervention, added, figure)
+
+
+if __name__ == "__main__":
+    dfc.leave(dfc.cli(main))
