@@ -19,103 +19,211 @@ Then lengths say where to expect a claim, printed beside where it is measured (i
     up     |A-B| < theta < |A-B| + (alpha - 1) w           into B   theta < c
 
     python extras/birth.py                  # the newest run: two minutes on 2 CPU cores
+
+Shapes as in dfc.py: N prompts, P those that need a tool, Q the others, M = 2 models, D width, L
+latents, V versions of an answer.
 """
 
 import argparse
 import copy
 import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dfc import cli
-from eval_toolcall import keep
-from steer import as_long, auroc, claim, delta, place, random_units, stage
+from dfc import cli, leave
+from eval_toolcall import at_least_one, open_run, save_result
+from steer import (
+    Intervention,
+    as_long_as,
+    auroc,
+    best_latents,
+    compare,
+    delta,
+    measure,
+    outcomes_in,
+    random_units,
+    read_prompts,
+    survey_latents,
+)
 
-KINDS = "down", "up", "into B"
+HOPED = {"down": -1, "up": 1, "into B": 1}  # should calls fall or rise?
 
-def at_step(base, file):
+
+@dataclass
+class Reading:
+    """One latent at one step of the RL run."""
+
+    latent: int
+    claims: dict   # {"down" | "up" | "into B": Claim}
+    value: dict    # its mean on test prompts: {"needs", "none"}
+    auroc: float   # between these two
+    cosine: float  # of A - B with its decoder row, where a tool is needed
+    writes: float  # w, the length it writes there
+    most: float    # c, the length written by its maximum on dev prompts
+
+
+@dataclass
+class Step:
+    """A step of the RL run."""
+
+    step: int
+    exact: float        # of A on test prompts, in percent
+    false_calls: float
+    length: float       # |A - B| at prompts that need a tool
+    rows: int           # how many these are
+    latents: list       # a Reading each
+
+
+# ---- 1. One snapshot -----------------------------------------------------------------------------
+
+def load_snapshot(base, file):
     """A as it was: the base plus what the snapshot holds, differences in half precision."""
     model = copy.deepcopy(base)
     for name, difference in load_file(file).items():
         model.get_parameter(name).data += difference.to(model.device)
     return model
 
-def read(t, p, latent, alpha):
-    """One latent at one step, on test prompts p; t is a scene with that A."""
-    f_N, row_D = p.f_NL[:, latent], t.cc.W_dec[latent, 0] * t.cc.scale[0]
-    most_D = t.dev.f_NL[t.dev.needs, latent].max() * row_D
-    cosine_N = F.cosine_similarity(p.x_NMD[p.needs, 0] - p.x_NMD[p.needs, 1], row_D[None])
-    added = [delta(t.cc, p.f_NL, [latent], a) for a in (0, alpha)] + [most_D.expand(len(f_N), -1)]
-    claims, units = {}, {"random": random_units(10, row_D)}
-    for kind, m, v_ND, sign in zip(KINDS, "AAB", added, (-1, 1, 1)):
-        claims[kind] = c = claim(t, p, m, kind, kind, v_ND, as_long(v_ND, units, sign), sign)
-        c["measured"] = min(sign * c["effect"]["lo"], sign * c["effect"]["hi"]) > 0
-        del c["texts"]
-    values = f_N[p.needs], f_N[~p.needs]
-    return {"latent": latent, "claims": claims, "value": [v.mean().item() for v in values],
-            "auroc": auroc(*(v[:, None] for v in values)).item(), "most": most_D.norm().item(),
-            "writes": (values[0].mean() * row_D.norm()).item(), "cosine": cosine_N.mean().item()}
 
-def follow(r, file, latents, args):
-    """One snapshot: what A does there, and each latent."""
-    t = argparse.Namespace(**vars(r) | {"models": r.models | {"A": at_step(r.models["B"], file)}})
-    t.dev, p = place(t, "dev", 30), place(t, "test", args.rows)
-    length = (p.x_NMD[p.needs, 0] - p.x_NMD[p.needs, 1]).norm(dim=1).mean().item()
-    found = [read(t, p, latent, args.alpha) for latent in latents]
-    return found[0]["claims"]["down"]["clean"] | {
-        "step": int(file.stem[4:]), "length": length, "rows": int(p.needs.sum()), "latents": found}
+def read_step(run, file, latents, alpha, most_rows):
+    """The Step that a snapshot holds. run: with whatever A, which the snapshot's replaces."""
+    base = run.models["B"]
+    run = replace(run, models={"A": load_snapshot(base, file), "B": base})
+    dev = read_prompts(run, "dev", 30)
+    test = read_prompts(run, "test", most_rows)
 
-def expected(s, x, theta, alpha):
-    """{claim: do lengths let us expect it?} of one latent at one step."""
-    return dict(zip(KINDS, (s["length"] - x["writes"] < theta < s["length"], s["length"] < theta
-                            < s["length"] + (alpha - 1) * x["writes"], theta < x["most"])))
+    # what both models answer
+    clean = {}
+    nothing_VND = torch.zeros(1, *test.x_NMD[:, 0].shape)
+    for m in "AB":
+        [clean[m]] = outcomes_in(run, m, test, nothing_VND)
+
+    # how far apart they are
+    both_PMD = test.x_NMD[test.needs_N]
+    apart_PD = both_PMD[:, 0] - both_PMD[:, 1]
+    length = apart_PD.norm(dim=1).mean().item()
+
+    step = int(file.stem.removeprefix("step"))
+    exact = 100 * float(np.mean(clean["A"].exact))
+    readings = [read_latent(run, dev, test, clean, latent, alpha) for latent in latents]
+    return Step(step, exact, clean["A"].false_calls, length, len(apart_PD), readings)
+
+
+def read_latent(run, dev, test, clean, latent, alpha):
+    """One latent's Reading. clean: {"A", "B": the Outcome as it is}."""
+    row_D = run.cc.W_dec[latent, 0] * run.cc.scale[0]
+    most_D = dev.f_NL[dev.needs_N, latent].max() * row_D
+    added = {
+        "down": delta(run.cc, test.f_NL, [latent], 0),
+        "up": delta(run.cc, test.f_NL, [latent], alpha),
+        "into B": most_D.expand_as(test.x_NMD[:, 0]),
+    }
+
+    # the three claims, beside random directions
+    claims = {}
+    for kind, v_ND in added.items():
+        model = "B" if kind == "into B" else "A"
+        hoped = HOPED[kind]
+        random = as_long_as(v_ND, {"random": random_units(10, row_D)})["random"]
+        todo = Intervention(kind, model, kind, v_ND, {"random": hoped * random}, hoped)
+        own, controls = measure(run, test, todo)
+        claims[kind] = compare(kind, kind, hoped, clean[model], own, controls)
+
+    # its values, and its direction
+    needs_P = test.f_NL[test.needs_N, latent]
+    none_Q = test.f_NL[~test.needs_N, latent]
+    value = {"needs": needs_P.mean().item(), "none": none_Q.mean().item()}
+    cosine_N = F.cosine_similarity(test.x_NMD[:, 0] - test.x_NMD[:, 1], row_D[None])
+    return Reading(
+        latent, claims, value,
+        auroc=auroc(needs_P[:, None], none_Q[:, None]).item(),
+        cosine=cosine_N[test.needs_N].mean().item(),
+        writes=value["needs"] * row_D.norm().item(),
+        most=most_D.norm().item(),
+    )
+
+
+# ---- 2. All of them ------------------------------------------------------------------------------
+
+def find_threshold(steps):
+    """theta: the length |A - B| at which exact calls pass half of the most they reach."""
+    exact = [0., *(step.exact for step in steps)]
+    length = [0., *(step.length for step in steps)]
+    most_so_far = np.maximum.accumulate(exact)
+    return float(np.interp(most_so_far[-1] / 2, most_so_far, length))
+
+
+def measured(claim):
+    """Does the whole interval lie on the hoped-for side of 0?"""
+    hoped = HOPED[claim.kind]
+    return min(hoped * claim.effect["lo"], hoped * claim.effect["hi"]) > 0
+
+
+def expected(kind, step, i, theta, alpha):
+    """Do lengths let us expect a claim of the i-th latent at a step?"""
+    reading = step.latents[i]
+    if kind == "into B":
+        return theta < reading.most
+    if kind == "down":
+        return step.length - reading.writes < theta < step.length
+    return step.length < theta < step.length + (alpha - 1) * reading.writes
+
 
 def print_steps(steps, i, theta, alpha):
     """The table of the i-th latent; where each claim was measured, and where it is expected."""
-    print("\nlatent {}, {} rows that need a tool, theta {:.1f}\n step exact false  |A-B|   cos  "
-          "value needs none AUROC writes{:>23s}{:>23s}{:>23s}".format(
-              steps[0]["latents"][i]["latent"], steps[0]["rows"], theta, *KINDS))
-    for s in steps:
-        x = s["latents"][i]
-        print("{:5d}{:6.0f}{:6.0f}{:7.1f}{:6.2f}{:13.2f}{:5.2f}{:6.2f}{:7.1f}".format(
-            s["step"], s["exact"], s["false_calls"], s["length"], x["cosine"], *x["value"],
-            x["auroc"], x["writes"]) + "".join(f"{cell_of(c):>23s}" for c in x["claims"].values()))
-    for kind in KINDS:
-        seen = [s["step"] for s in steps if s["latents"][i]["claims"][kind]["measured"]]
-        print(f"{kind}: measured at steps {seen}, expected at", [
-            s["step"] for s in steps if expected(s, s["latents"][i], theta, alpha)[kind]])
+    print(f"\nlatent {steps[0].latents[i].latent}, {steps[0].rows} rows that need a tool, theta "
+          f"{theta:.1f}")
+    heads = "".join(f"{kind:>23s}" for kind in HOPED)
+    print(f" step exact false  |A-B|   cos  value needs none AUROC writes{heads}")
+    for step in steps:
+        x = step.latents[i]
+        cells = "".join(f"{claim_cell(claim):>23s}" for claim in x.claims.values())
+        print(f"{step.step:5d}{step.exact:6.0f}{step.false_calls:6.0f}{step.length:7.1f}"
+              f"{x.cosine:6.2f}{x.value['needs']:13.2f}{x.value['none']:5.2f}{x.auroc:6.2f}"
+              f"{x.writes:7.1f}{cells}")
 
-def cell_of(c):
-    pp, star = [x["pp"] for x in c["controls"]["random"]], "*" * ("beyond" in c["verdict"])
-    return f"{c['effect']['pp']:+.0f}{star} ({min(pp):.0f}..{max(pp):.0f}) {c['false_calls']:.0f}%"
+    for kind in HOPED:
+        seen = [step.step for step in steps if measured(step.latents[i].claims[kind])]
+        due = [step.step for step in steps if expected(kind, step, i, theta, alpha)]
+        print(f"{kind}: measured at steps {seen}, expected at {due}")
+
+
+def claim_cell(claim):
+    pp = [change["pp"] for change in claim.controls["random"]]
+    star = "*" if "beyond" in claim.verdict else ""
+    random = f"({min(pp):.0f}..{max(pp):.0f})"
+    return f"{claim.effect['pp']:+.0f}{star} {random} {claim.false_calls:.0f}%"
+
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("run", nargs="?", help="run folder (default: the newest)")
     p.add_argument("--alpha", type=float, default=2., help="strength of up")
-    p.add_argument("--rows", type=int, default=15, help="test rows of each kind")
+    p.add_argument("--rows", type=at_least_one, default=15, help="test rows of each kind")
     args = p.parse_args(argv)
-    r = stage(args.run, None)
-    files = sorted(Path(r.s.model_b).parent.glob("snapshots/step*.safetensors"),
-                   key=lambda file: int(file.stem[4:]))
-    latents = [row["feature_idx"] for row in r.ranked
-               if (row["partition"], row["contrast"]) == ("A-exclusive", "needs/none")][:2]
+
+    run = open_run(args.run)
+    folder = Path(run.settings.model_b).parent / "snapshots"
+    files = list(folder.glob("step*.safetensors"))
+    latents = best_latents(survey_latents(run).ranking, "A-exclusive")[:2]
     if not files or not latents:
-        raise ValueError(f"{len(files)} snapshots by {r.s.model_b}, {len(latents)} latents of A")
-    off = max((w - v).abs().max().item() for w, v in zip(
-        r.models["A"].parameters(), at_step(r.models["B"], files[-1]).parameters()))
-    print(f"{r.folder}, layer {r.s.layer}; the last snapshot's weights are A's to within {off:.1g}")
-    steps = [follow(r, file, latents, args) for file in files]
-    exact = np.maximum.accumulate([0., *(s["exact"] for s in steps)])
-    theta = float(np.interp(exact[-1] / 2, exact, [0., *(s["length"] for s in steps)]))
+        raise ValueError(f"{len(files)} snapshots in {folder}, {len(latents)} latents of A")
+
+    steps = [read_step(run, file, latents, args.alpha, args.rows) for file in files]
+    steps.sort(key=lambda step: step.step)
+    theta = find_threshold(steps)
+    print(f"{run.folder}, layer {run.settings.layer}")
     for i in range(len(latents)):
         print_steps(steps, i, theta, args.alpha)
-    keep(r.folder, "birth", {"theta": theta, "alpha": args.alpha, "off": off, "steps": steps},
-         steps, "birth.jsonl")
+    lines = [asdict(step) for step in steps]
+    result = {"theta": theta, "alpha": args.alpha, "steps": lines}
+    save_result(run.folder, "birth", result, lines, "birth.jsonl")
+
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    leave(cli(main))

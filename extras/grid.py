@@ -14,8 +14,8 @@ by the first count; by the second it is worth nothing.
     python extras/grid.py runs/tiny runs/tiny-excl0.0       # and a plain crosscoder
     python extras/grid.py runs/tiny runs/tiny-layer*        # the best cell of each layer, together
 
-Cells go into the run's grid.jsonl: a killed grid, or one with more --sizes or --alpha, goes on from
-there. They count for the same weights, models and rows only.
+Answers go into the run's grid.jsonl: a killed grid, or one with more --sizes or --alpha, goes on
+from there. They count for the same weights, models and rows only.
 """
 
 import argparse
@@ -23,151 +23,269 @@ import contextlib
 import hashlib
 import json
 import sys
-import time
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dfc import cli
-from eval_toolcall import keep, paired
-from steer import ALPHAS, delta, outcomes, place, stage
+from dfc import cli, leave
+from eval_toolcall import at_least_one, open_run, paired, save_result
+from steer import ALPHAS, delta, outcomes_in, read_prompts, survey_latents
+
+
+class Scaling(NamedTuple):
+    """Latents scaled together: all that A's answers depend on."""
+
+    alpha: float
+    latents: tuple
+
+
+class Cell(NamedTuple):
+    """A cell of the grid. Two groups may begin with the same latents: they share their answers."""
+
+    group: str
+    scaling: Scaling
+
+
+class Counts(NamedTuple):
+    """What A's answers come to."""
+
+    exact: list         # 0 or 1 for each prompt that needs a tool
+    false_calls: float  # tool calls on prompts that need none, in percent of these
+
+
+@dataclass
+class Best:
+    """A cell chosen on dev rows; changes of exact calls are in percentage points."""
+
+    group: str
+    size: int           # |S|
+    alpha: float
+    dev: float          # change on dev rows
+    test: dict          # change on test rows {pp, lo, hi}
+    false_calls: float  # on test rows, in percent
+
+
+@dataclass
+class Line:
+    """All alphas of one |S|."""
+
+    best: Best
+    on_dev: dict  # {alpha: change on dev rows}
+
+
+@dataclass
+class Grid:
+    """The grid of one run; metrics.json keeps it."""
+
+    layer: int
+    rows: dict             # prompts that need a tool: {"dev", "test"}
+    clean: dict            # of A on test rows, in percent: {"exact", "false_calls"}
+    groups: dict           # {group: a Line for each |S|}
+    best: Best             # by exact calls
+    best_less_false: Best  # by exact calls less false calls
+
+
+CLEAN = Scaling(1., ())
+GROUPS = {"A-exclusive": ["A-exclusive"], "shared": ["shared"],
+          "A-exclusive + shared": ["A-exclusive", "shared"]}
+
 
 # ---- 1. The cells --------------------------------------------------------------------------------
 
-def cells_of(r, sizes, alphas):
-    """{(group, |S|, alpha): latents}, small sizes and strengths first. B-exclusive latents write
-    nothing into A, by the mask: the published +0 is no finding. Raises ValueError."""
-    groups = {"A-exclusive": ["A-exclusive"], "shared": ["shared"],
-              "A-exclusive + shared": ["A-exclusive", "shared"]}
-    groups, cells = groups if r.cc.n_a + r.cc.n_b else {"plain crosscoder": ["shared"]}, {}
-    for name, parts in groups.items():
-        latents = [row["feature_idx"] for row in r.ranked
-                   if row["contrast"] == "needs/none" and row["partition"] in parts]
-        cells |= {(name, n, a): latents[:n] for n in sorted(set(sizes)) if 0 < n <= len(latents)
-                  for a in sorted(set(alphas) - {1}, key=lambda a: abs(a - 1))}
-    if not cells:
-        raise ValueError(f"an empty grid: alpha 1 alone, no |S| above 0, or no latent of "
-                         f"{r.folder} fires more where a tool is needed")
-    return cells
+def list_cells(run, ranking, sizes, alphas):
+    """A list of cells for each group and |S|; small sizes and strengths come first. B-exclusive
+    latents write nothing into A, by the mask: the published +0 is no finding. Raises ValueError."""
+    groups = GROUPS
+    if run.cc.n_a + run.cc.n_b == 0:
+        groups = {"plain crosscoder": ["shared"]}
+    strengths = sorted(set(alphas) - {1}, key=lambda alpha: abs(alpha - 1))
 
-def fingerprint(r, p):
+    lines = []
+    for group, partitions in groups.items():
+        latents = [row["feature_idx"] for row in ranking
+                   if row["contrast"] == "needs/none" and row["partition"] in partitions]
+        for size in sorted(set(sizes)):
+            if size <= len(latents):
+                chosen = tuple(latents[:size])
+                lines.append([Cell(group, Scaling(alpha, chosen)) for alpha in strengths])
+
+    if not any(lines):
+        raise ValueError(f"an empty grid: alpha 1 alone, or too few latents of "
+                         f"{run.folder} fires more where a tool is needed")
+    return lines
+
+
+def fingerprint(run, prompts):
     """A name for all that answers depend on: every weight, the rows, the length of an answer."""
-    found = hashlib.sha256(json.dumps([p.rows, p.prompts, r.max_new, r.s.layer]).encode())
-    for module in (r.cc, *r.models.values()):
+    what = [prompts.rows, prompts.texts, run.settings.max_new, run.settings.layer]
+    found = hashlib.sha256(json.dumps(what).encode())
+    for module in (run.cc, *run.models.values()):
         for weights in module.state_dict().values():
             found.update(weights.flatten().view(torch.uint8).cpu().numpy())
     return found.hexdigest()[:16]
 
-def read_cells(file):
-    """The cells of a grid.jsonl, of whatever key; half a line is no cell."""
-    cells = []
-    for line in file.read_text().split("\n") if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            cells.append(json.loads(line))
-    return cells
 
-def answer(r, p, wanted, at_once=8):
-    """A's {(alpha, *latents): {exact of rows that need a tool, false_calls of others in %, ...}}.
-    What grid.jsonl holds is not done again; what is new is added to it."""
-    file, key = r.folder / "grid.jsonl", fingerprint(r, p)
-    done = {(c["alpha"], *c["latents"]): c for c in read_cells(file) if c["key"] == key}
-    missing = [cell for cell in dict.fromkeys(wanted) if cell not in done]
-    for i in tqdm(range(0, len(missing), at_once), "grid", leave=False):
-        some = missing[i:i + at_once]
-        v_VND = torch.stack([delta(r.cc, p.f_NL, latents, alpha) for alpha, *latents in some])
-        for cell, (exact, false, _) in zip(some, outcomes(r, p, "A", v_VND)):
-            done[cell] = {"key": key, "alpha": cell[0], "latents": cell[1:], "exact": exact,
-                          "false_calls": false}
+def read_lines(file):
+    """The lines of a grid.jsonl, of whatever fingerprint; half a line is left out."""
+    if not file.exists():
+        return []
+    lines = []
+    for text in file.read_text().split("\n"):
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def answer(run, prompts, scalings, at_once=8):
+    """{scaling: Counts} of A's answers, with at least these scalings. What grid.jsonl holds is not
+    done again; what is new is added to it, at_once scalings at a time."""
+    file = run.folder / "grid.jsonl"
+    key = fingerprint(run, prompts)
+
+    # what is there already
+    counts = {}
+    for line in read_lines(file):
+        if line["key"] == key:
+            scaling = Scaling(line["alpha"], tuple(line["latents"]))
+            counts[scaling] = Counts(line["exact"], line["false_calls"])
+    missing = [scaling for scaling in dict.fromkeys(scalings) if scaling not in counts]
+
+    for i in tqdm(range(0, len(missing), at_once), "grid", leave=False, disable=None):
+        batch = missing[i:i + at_once]
+        v_VND = torch.stack([delta(run.cc, prompts.f_NL, list(scaling.latents), scaling.alpha)
+                             for scaling in batch])
+        for scaling, outcome in zip(batch, outcomes_in(run, "A", prompts, v_VND)):
+            counts[scaling] = Counts(outcome.exact, outcome.false_calls)
+            line = {"key": key, **scaling._asdict(), **counts[scaling]._asdict()}
             with open(file, "a") as f:  # first a break: what stands there may be half a line
-                f.write("\n" + json.dumps(done[cell]))
-    return done
+                f.write("\n" + json.dumps(line))
+    return counts
+
 
 # ---- 2. Chosen on dev, reported on test ----------------------------------------------------------
 
-CLEAN = 1.,  # the cell without latents
+def change(counts, cell):
+    """{pp, lo, hi}: how a cell changes exact calls, with a paired 95 % interval over rows."""
+    return paired(counts[cell.scaling].exact, counts[CLEAN].exact)
 
-def gain(found, name, cells):
-    """Change of exact calls, in percentage points, with a paired 95 % interval over rows."""
-    return paired(found[name[2], *cells[name]]["exact"], found[CLEAN]["exact"])
 
-def best_of(dev, test, cells, less_false=0):
-    """The cell with most exact calls on dev (less_false 1: less its false calls), the first where
-    equal, and its effect on test."""
-    best = max(cells, key=lambda name: gain(dev, name, cells)["pp"]
-               - less_false * dev[name[2], *cells[name]]["false_calls"])
-    return dict(zip(("group", "size", "alpha"), best)) | {
-        "dev": gain(dev, best, cells)["pp"], "test": gain(test, best, cells),
-        "false_calls": test[best[2], *cells[best]]["false_calls"]}
+def best_of(dev, test, cells, less_false=False):
+    """The Best of some cells: that with most exact calls on dev, or exact calls less false calls;
+    the first where equal. dev, test: {scaling: Counts}."""
+    def worth(cell):
+        false_calls = dev[cell.scaling].false_calls if less_false else 0
+        return change(dev, cell)["pp"] - false_calls
 
-def grid(r, args):
-    """Every cell on dev and on test rows -> (what metrics.json keeps, the cells behind it)."""
-    cells = cells_of(r, args.sizes, args.alpha)
-    places = [place(r, split, args.rows) for split in ("dev", "test")]
-    wanted = [CLEAN, *((name[2], *latents) for name, latents in cells.items())]
-    dev, test = (answer(r, p, wanted) for p in places)
-    out = {"layer": r.s.layer, "rows": [int(p.needs.sum()) for p in places], "groups": {},
-           "best": best_of(dev, test, cells), "best_less_false": best_of(dev, test, cells, 1),
-           "clean": [100 * float(np.mean(test[CLEAN]["exact"])), test[CLEAN]["false_calls"]]}
-    for group, n in dict.fromkeys(name[:2] for name in cells):
-        some = {name: latents for name, latents in cells.items() if name[:2] == (group, n)}
-        on_dev = {a: gain(dev, (group, n, a), some)["pp"] for *_, a in sorted(some)}
-        out["groups"].setdefault(group, []).append(best_of(dev, test, some) | {"on_dev": on_dev})
-    return out, read_cells(r.folder / "grid.jsonl")
+    best = max(cells, key=worth)
+    return Best(
+        group=best.group,
+        size=len(best.scaling.latents),
+        alpha=best.scaling.alpha,
+        dev=change(dev, best)["pp"],
+        test=change(test, best),
+        false_calls=test[best.scaling].false_calls,
+    )
 
-def print_grid(r, out):
+
+def measure_grid(run, lines, most_rows):
+    """The Grid of list_cells()' lines, on at most `most_rows` dev and test rows of each kind."""
+    cells = list(chain.from_iterable(lines))
+    scalings = [CLEAN, *(cell.scaling for cell in cells)]
+    dev = answer(run, read_prompts(run, "dev", most_rows), scalings)
+    test = answer(run, read_prompts(run, "test", most_rows), scalings)
+
+    clean = test[CLEAN]
+    rows = {"dev": len(dev[CLEAN].exact), "test": len(clean.exact)}
+    before = {"exact": 100 * float(np.mean(clean.exact)), "false_calls": clean.false_calls}
+
+    groups = {}
+    for line in lines:
+        on_dev = {cell.scaling.alpha: change(dev, cell)["pp"] for cell in sorted(line)}
+        best = best_of(dev, test, line)
+        groups.setdefault(best.group, []).append(Line(best, on_dev))
+
+    return Grid(run.settings.layer, rows, before, groups, best_of(dev, test, cells),
+                best_of(dev, test, cells, less_false=True))
+
+
+# ---- 3. Print ------------------------------------------------------------------------------------
+
+HEAD = "   best  on test, 95 %          false %"
+
+
+def print_grid(grid, folder):
     """A line for each |S|: every alpha on dev, the best of them on test."""
-    print("\n{}, layer {}: {} dev and {} test rows that need a tool; on test A is exact on "
-          "{:.1f} %, false calls {:.1f} %".format(r.folder, r.s.layer, *out["rows"], *out["clean"]))
-    head = "   best  on test, 95 %          false %"
-    for group, sizes in out["groups"].items():
-        print(f"\n{group}: change of exact calls, pp\n   |S|" + "".join(
-            f"{f'a {a:g}':>7s}" for a in sizes[0]["on_dev"]) + head)
-        for b in sizes:
-            cells = "".join(f"{v:+7.1f}" for v in b["on_dev"].values())
-            print(f"{b['size']:6d}{cells}{best_line(b)}")
-    print(f"\n{'best cell on dev by':46s}  |S|{head}")
-    for name, b in (("exact calls", out["best"]), ("... less false calls", out["best_less_false"])):
-        print(f"{name:27s}{b['group']:20s}{b['size']:4d}{best_line(b)}")
+    print(f"\n{folder}, layer {grid.layer}: {grid.rows['dev']} dev and {grid.rows['test']} test "
+          f"rows that need a tool; on test A is exact on {grid.clean['exact']:.1f} %, false calls "
+          f"{grid.clean['false_calls']:.1f} %")
+    for group, lines in grid.groups.items():
+        alphas = "".join(f"{f'a {alpha:g}':>7s}" for alpha in lines[0].on_dev)
+        print(f"\n{group}: change of exact calls, pp\n   |S|{alphas}{HEAD}")
+        for line in lines:
+            changes = "".join(f"{pp:+7.1f}" for pp in line.on_dev.values())
+            print(f"{line.best.size:6d}{changes}{best_columns(line.best)}")
+
+    print_best("best cell on dev by", {"exact calls": grid.best,
+                                       "... less false calls": grid.best_less_false})
     print("(paper: one A-exclusive latent, alpha 32: +65.0 [47.9, 82.1])")
 
-def best_line(b):
-    change = "{pp:+.1f} [{lo:+.1f}, {hi:+.1f}]".format(**b["test"])
-    return f"{b['alpha']:7g}  {change:22s}{b['false_calls']:6.1f}"
 
-# ---- 3. Several layers ---------------------------------------------------------------------------
+def print_layers(grids):
+    """The best cell of each layer (of several runs of one, the best on dev). Neither interval nor
+    p-value of their mean: layers share prompts and model, they are not a sample of anything."""
+    best = {}
+    for grid in sorted(grids, key=lambda grid: (grid.layer, grid.best.dev)):
+        best[f"layer {grid.layer}"] = grid.best
 
-def across_layers(grids):
-    """The best cell of each layer (of several runs of one, the best on dev). No p-value: layers
-    share their prompts and their model, they are not a sample of anything."""
-    best = {g["layer"]: g["best"]["test"]["pp"] for g in sorted(
-        grids, key=lambda g: (g["layer"], g["best"]["dev"]))}
-    x = np.array(list(best.values()))
-    print("\nbest cell of each layer, test:", *(f"layer {n} {v:+.1f}  " for n, v in best.items()))
-    print(f"mean {x.mean():+.1f}, d_z {x.mean() / max(1e-9, x.std(ddof=1)):.2f}"
-          "   (paper: +43.3 over 9 layers, d_z 1.61)")
+    print_best("best cell on dev of", best)
+    mean = np.mean([cell.test["pp"] for cell in best.values()])
+    print(f"mean {mean:+.1f} (paper: +43.3 over 9 layers)")
+
+
+def print_best(title, cells):
+    """{name: Best} as a table."""
+    print(f"\n{title:46s}  |S|{HEAD}")
+    for name, best in cells.items():
+        print(f"{name:27s}{best.group:20s}{best.size:4d}{best_columns(best)}")
+
+
+def best_columns(best):
+    """What stands below HEAD."""
+    on_test = "{pp:+.1f} [{lo:+.1f}, {hi:+.1f}]".format(**best.test)
+    return f"{best.alpha:7g}  {on_test:22s}{best.false_calls:6.1f}"
+
 
 # ---- 4. The program ------------------------------------------------------------------------------
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="*", help="run folders (default: the newest)")
-    p.add_argument("--preset", choices=["tiny", "paper"], help="for crosscoders without a run: "
-                   "whose models and texts")
-    p.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="the |S|")
-    p.add_argument("--alpha", nargs="+", type=float, default=ALPHAS, help="strengths; 1 is clean")
-    p.add_argument("--rows", type=int, default=20, help="rows of each kind, on dev and on test")
-    args, grids = p.parse_args(argv), []
+    p.add_argument("--sizes", nargs="+", type=at_least_one, default=[1, 2, 4, 8, 16, 32],
+                   help="the |S|")
+    p.add_argument("--alpha", nargs="+", type=float, default=[0., *ALPHAS],
+                   help="strengths; 1 is clean")
+    p.add_argument("--rows", type=at_least_one, default=20, help="dev and test rows of each kind")
+    args = p.parse_args(argv)
+
+    grids = []
     for name in args.runs or [None]:
-        began, r = time.time(), stage(name, args.preset)
-        out, lines = grid(r, args)
-        print_grid(r, out)
-        grids.append(out | {"seconds": time.time() - began})
-        keep(r.folder, "grid", grids[-1], lines, "grid.jsonl")
-    if len({g["layer"] for g in grids}) > 1:
-        across_layers(grids)
+        run = open_run(name)
+        lines = list_cells(run, survey_latents(run).ranking, args.sizes, args.alpha)
+        grid = measure_grid(run, lines, args.rows)
+        print_grid(grid, run.folder)
+        answers = read_lines(run.folder / "grid.jsonl")
+        save_result(run.folder, "grid", asdict(grid), answers, "grid.jsonl")
+        grids.append(grid)
+
+    if len({grid.layer for grid in grids}) > 1:
+        print_layers(grids)
+
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    leave(cli(main))

@@ -23,42 +23,24 @@ import dfc
 SIZES = ("activation_dim", "dict_size", "k", "n_a", "n_b")
 
 
-def read_checkpoint(name):
-    """The crosscoder in a folder or a hub name, in the authors' form; nothing in it is executed.
-    Raises ValueError."""
-    with dfc.errors_about(name):
-        config = json.loads(Path(cached_file(name, "config.json")).read_text())
-        missing = [key for key in SIZES if not isinstance(config.get(key), int)]
-        if missing:
-            raise ValueError(f"its config.json tells no {', '.join(missing)}")
-        cc = dfc.Crosscoder(*[config[key] for key in SIZES])
-
-        state = torch.load(cached_file(name, "model.pt"), map_location="cpu", weights_only=True)
-        weights = {key: t.float() for key, t in state.items() if not key.endswith("mask")}
-        cc.load_state_dict({**dict(cc.named_buffers()), **weights})
-        cc.confine(cc.W_enc, cc.W_dec)
-        return cc.requires_grad_(False)
+def read_json(name, file):
+    """What a JSON file of a folder or hub name holds; {} where there is no such file."""
+    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(path).read_text()) if path else {}
 
 
-def layer_of(name):
-    """The layer that its files tell, or None."""
-    for file in ("hparams.json", "config.json"):
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        own = json.loads(Path(path).read_text()) if path else {}
-        if "layer" in own:
-            return own["layer"]
-
-
-def settings_of(cc, name, layer, preset, out):
-    """The settings under which a crosscoder would have been trained: the preset's models and texts,
-    its own sizes and layer."""
-    n_latents = len(cc.b_enc)
-    asked = {"preset": preset, "recipe": "paper", "dict": n_latents, "k": cc.k,
-             "excl": cc.n_a / n_latents, "excl-b": cc.n_b / n_latents,
-             "out": out or f"runs/{name.strip('/').replace('/', '--')}"}
-    if layer is not None:
-        asked["layer"] = layer
-    return dfc.parse_args([f"--{key}={value}" for key, value in asked.items()])
+def read_checkpoint(name, sizes):
+    """The crosscoder of these sizes in a folder or a hub name; nothing in it is executed. Raises
+    ValueError."""
+    missing = [key for key in SIZES if key not in sizes]
+    if missing:
+        raise ValueError(f"its config.json tells no {', '.join(missing)}")
+    cc = dfc.Crosscoder(*[sizes[key] for key in SIZES])
+    state = torch.load(cached_file(name, "model.pt"), map_location="cpu", weights_only=True)
+    weights = {key: t.float() for key, t in state.items() if not key.endswith("mask")}
+    cc.load_state_dict({**dict(cc.named_buffers()), **weights})
+    cc.confine(cc.W_enc, cc.W_dec)
+    return cc.requires_grad_(False)
 
 
 def main(argv=None):
@@ -68,8 +50,16 @@ def main(argv=None):
                    "and the layer unless the crosscoder tells its own (paper)")
     p.add_argument("--out", help="run folder (default: runs/ and the name)")
     args = p.parse_args(argv)
-    cc = read_checkpoint(args.name)
-    s = settings_of(cc, args.name, layer_of(args.name), args.preset, args.out)
+    with dfc.errors_about(args.name):
+        sizes = {**read_json(args.name, "hparams.json"), **read_json(args.name, "config.json")}
+        cc = read_checkpoint(args.name, sizes)
+
+    # its own sizes and layer; models and texts of the preset
+    asked = {"preset": args.preset, "recipe": "paper", "dict": sizes["dict_size"], "k": cc.k,
+             "excl": cc.n_a / sizes["dict_size"], "excl-b": cc.n_b / sizes["dict_size"],
+             "layer": sizes.get("layer", dfc.PRESETS[args.preset].get("layer", dfc.Settings.layer)),
+             "out": args.out or f"runs/{args.name.strip('/').replace('/', '--')}"}
+    s = dfc.parse_args([f"--{key}={value}" for key, value in asked.items()])
     if Path(s.out).exists():
         raise ValueError(f"{s.out} is there already: give another --out")
 

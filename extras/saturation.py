@@ -124,16 +124,6 @@ def train_all(kinds, seeds, where):
             yield folder
 
 
-def kind_of(config):
-    """The name in KINDS of a run's settings; else its folder's."""
-    for kind, flags in KINDS.items():
-        wanted = dfc.parse_args(flags.split())
-        names = ("dict", "k", "excl", "excl_b", "tie_shared", "recipe")
-        if all(config[name] == getattr(wanted, name) for name in names):
-            return kind
-    return Path(config["out"]).name
-
-
 def print_table(results, intervention, added, figure):
     """A line for each kind of dictionary: mean (range) over seeds, for each n."""
     print(f"\n{intervention}, {added}: {figure}, %, mean (range) over seeds\n{'':14s}{'seeds':>6s}"
@@ -178,7 +168,8 @@ def main(argv=None):
                 scenes[pair] = make_scene(run, args.split, args.rows)
             result = {**saturate(run, scenes[pair]), "asked": args.rows}
             save_result(run.folder, key, result, result["sizes"], f"{key}.jsonl")
-        results.append((kind_of(metrics["config"]), result))
+        kind = run.folder.name.rpartition("-seed")[0] or run.folder.name
+        results.append((kind, result))
 
     for intervention in ("taken away", "as in A"):
         for added, figure in (("latents", "exact"), ("latents", "false_calls"), ("drawn", "exact"),
