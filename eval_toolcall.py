@@ -461,9 +461,12 @@ def scale_and_add(keep, v, h):
 
 @functools.cache
 def cache_argument(model):
-    """What this version of transformers calls the cache: it was renamed within version 5."""
-    names = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
+    """What this version of transformers calls the cache: it was renamed within version 5. Raises
+    ValueError for a model that keeps none."""
+    for name in ("cache", "past_key_values"):
+        if name in inspect.signature(model.forward).parameters:
+            return name
+    raise ValueError(f"{type(model).__name__} keeps no cache of what it has read")
 
 
 # ---- 4. Reconstruction, and what it has to beat --------------------------------------------------
