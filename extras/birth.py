@@ -52,7 +52,7 @@ from steer import (
     survey_latents,
 )
 
-HOPED = {"down": -1, "up": 1, "into B": 1}  # should calls fall or rise?
+SIGN = {"down": -1, "up": 1, "into B": 1}  # should calls fall or rise?
 
 
 @dataclass
@@ -128,11 +128,11 @@ def read_latent(run, dev, test, clean, latent, alpha):
     claims = {}
     for kind, v_ND in added.items():
         model = "B" if kind == "into B" else "A"
-        hoped = HOPED[kind]
+        sign = SIGN[kind]
         random = as_long_as(v_ND, {"random": random_units(10, row_D)})["random"]
-        todo = Intervention(kind, model, kind, v_ND, {"random": hoped * random}, hoped)
+        todo = Intervention(kind, model, kind, v_ND, {"random": sign * random}, sign)
         own, controls = measure(run, test, todo)
-        claims[kind] = compare(kind, kind, hoped, clean[model], own, controls)
+        claims[kind] = compare(kind, kind, sign, clean[model], own, controls)
 
     # its values, and its direction
     needs_P = test.f_NL[test.needs_N, latent]
@@ -159,9 +159,9 @@ def find_threshold(steps):
 
 
 def measured(claim):
-    """Does the whole interval lie on the hoped-for side of 0?"""
-    hoped = HOPED[claim.kind]
-    return min(hoped * claim.effect["lo"], hoped * claim.effect["hi"]) > 0
+    """Does the whole interval lie on the right side of 0?"""
+    sign = SIGN[claim.kind]
+    return min(sign * claim.effect["lo"], sign * claim.effect["hi"]) > 0
 
 
 def expected(kind, step, i, theta, alpha):
@@ -178,7 +178,7 @@ def print_steps(steps, i, theta, alpha):
     """The table of the i-th latent; where each claim was measured, and where it is expected."""
     print(f"\nlatent {steps[0].latents[i].latent}, {steps[0].rows} rows that need a tool, theta "
           f"{theta:.1f}")
-    heads = "".join(f"{kind:>23s}" for kind in HOPED)
+    heads = "".join(f"{kind:>23s}" for kind in SIGN)
     print(f" step exact false  |A-B|   cos  value needs none AUROC writes{heads}")
     for step in steps:
         x = step.latents[i]
@@ -187,7 +187,7 @@ def print_steps(steps, i, theta, alpha):
               f"{x.cosine:6.2f}{x.value['needs']:13.2f}{x.value['none']:5.2f}{x.auroc:6.2f}"
               f"{x.writes:7.1f}{cells}")
 
-    for kind in HOPED:
+    for kind in SIGN:
         seen = [step.step for step in steps if measured(step.latents[i].claims[kind])]
         due = [step.step for step in steps if expected(kind, step, i, theta, alpha)]
         print(f"{kind}: measured at steps {seen}, expected at {due}")
