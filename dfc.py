@@ -852,7 +852,7 @@ def cli(main, argv=None):
         while cause.__cause__:  # what the hub answered, below what libraries made of it
             cause = cause.__cause__
         said = f"{e}" if str(cause) in str(e) else f"{e} ({cause})"
-        said = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", said)  # a signed address is a key
+        said = re.sub(r"(https?://[^\s?]+)\?[^\s)]+", r"\1", said)  # a signed address is a key
         print(f"{Path(sys.argv[0]).name}: {' '.join(said.split())[:400]}", file=sys.stderr)
         return 2
 

@@ -29,12 +29,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 import dfc
 import eval_toolcall as ev
 import steer
-from extras import grid, published, table, toy
+from extras import grid, published, saturation, table, toy
 
 ROOT = Path(dfc.__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -302,32 +303,74 @@ def test_predicting_the_mean_gives_fve_0_and_the_truth_1():
 
 
 # ---- 3. Activations ------------------------------------------------------------------------------
+SIZES = {
+    "vocab_size": 1024,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+OLD = {"vocab_size": 1024, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+EXPERTS = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
+LINEAR.update(linear_key_head_dim=8, linear_value_head_dim=8, shared_expert_intermediate_size=16)
+FAMILIES = {
+    "Llama": SIZES,
+    "Qwen2": SIZES,
+    "Qwen3": SIZES,
+    "Qwen3Moe": EXPERTS,
+    "Qwen3Next": {**EXPERTS, **LINEAR, "num_hidden_layers": 4},  # most blocks without attention
+    "Mistral": {**SIZES, "sliding_window": 16},
+    "Mixtral": {**SIZES, "num_local_experts": 4},
+    "Gemma2": {**SIZES, "sliding_window": 16},
+    "Gemma3Text": {**SIZES, "sliding_window": 16},
+    "Phi3": SIZES,
+    "Olmo2": SIZES,
+    "GPTNeoX": SIZES,
+    "GPT2": {"vocab_size": 1024, "n_embd": 16, "n_layer": 3, "n_head": 2},
+    "Falcon": OLD,
+    "Bloom": OLD,  # its blocks put out tuples, and it has no greatest position
+}
+
+
 def random_model(family, **more):
     """A small model of one of the library's families."""
-    sizes = {"vocab_size": 1024, "hidden_size": 16, "intermediate_size": 32,
-             "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
-             "head_dim": 8, "pad_token_id": 0}
-    if family in ("Mistral", "Gemma2"):
-        sizes["sliding_window"] = 16
-    config = getattr(transformers, f"{family}Config")(**sizes, **more)
+    config = getattr(transformers, f"{family}Config")(**{**FAMILIES[family], **more})
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2"])
-def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, tokenizer):
-    model = random_model(family, max_position_embeddings=200)
-    book = " ".join(row["text"] for row in rows_in(TINY / "text.jsonl")[:200])
-    texts = [book[i:i + n] for i, n in enumerate((3, 300, 1, 990, 17, 400, 5, 30))]
+@once
+def book():
+    """Plain text, of some 4,000 characters."""
+    return " ".join(row["text"] for row in rows_in(TINY / "text.jsonl")[:40])
 
-    for layer in (0, 1, 2):
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, tokenizer, book):
+    model = random_model(family)
+    texts = [book[i:i + n] for i, n in enumerate((3, 300, 1, 17))]
+
+    for layer in (0, 1):
         x_ND = dfc.collect(model, tokenizer, texts, layer).float()  # kept in fp16
-        if layer == 2:
-            x_ND = model.model.norm(x_ND)  # as the last of hidden_states is
 
         for text, x_D in zip(texts, x_ND):
-            ids_1T = torch.tensor([tokenizer(text)["input_ids"]])[:, -200:]  # its end
+            ids_1T = torch.tensor([tokenizer(text)["input_ids"]])
             states = model(ids_1T, output_hidden_states=True).hidden_states
-            assert close(x_D, states[layer + 1][0, -1], 8e-3)
+            assert close(x_D, states[layer + 1][0, -1], 1e-2)
+
+
+def test_of_a_long_text_both_models_read_the_end_that_both_have_positions_for(tokenizer, book):
+    models = {"A": random_model("Llama"), "B": random_model("Llama", max_position_embeddings=50)}
+
+    x_NMD = dfc.collect_both(models, tokenizer, [book], 1)
+
+    for m, model in enumerate(models.values()):
+        ids_1T = torch.tensor([tokenizer(book)["input_ids"][-50:]])
+        h_1TD = dfc.residual_stream(model, ids_1T, 1)
+        assert close(x_NMD[:, m], h_1TD[:, -1], 1e-2)
 
 
 def test_a_hook_edits_one_blocks_output_and_is_gone_after_an_exception():
@@ -351,41 +394,34 @@ def test_activations_are_kept_under_what_changes_them_and_never_half_written(
     pair = str(tmp_path / "a"), str(TINY / "base")
     cache = tmp_path / "cache"
     shutil.copytree(TINY / "toolrl", pair[0])
-    load_model = dfc.load_model
     loaded = []
 
-    def load_and_note(name, device):
-        loaded.append(name)
-        return load_model(name, device)
+    def collect(models, tokenizer, texts, layer):
+        loaded.append(layer)
+        return torch.full([len(texts), 2, 4], float(layer))
 
     def write_half(path, array):
         path.write_bytes(b"half")
         raise OSError("no space")
 
-    def collect(text="two words", layer=1):
+    def is_new(text="two words", layer=1):
         loaded.clear()
-        return dfc.collect_pair(*pair, ["one", text], layer, cache, "cpu")
-
-    def is_new(**what):
-        collect(**what)
+        x_NMD = dfc.collect_pair(*pair, ["one", text], layer, cache, "cpu")
+        assert x_NMD.eq(layer).all()
         return bool(loaded)
 
     # killed while it writes
-    monkeypatch.setattr(dfc, "load_model", load_and_note)
+    monkeypatch.setattr(dfc, "collect_both", collect)
     with monkeypatch.context() as m, pytest.raises(OSError, match="no space"):
         m.setattr(np, "save", write_half)
-        collect()
+        is_new()
     assert not any(cache.iterdir())
 
-    # the same again
-    first_NMD = collect()
-    assert torch.equal(collect(), first_NMD)
-    assert not loaded
-
-    # something else
+    # the same again, and something else
+    assert is_new()
+    assert not is_new()
     assert is_new(layer=0)
     assert is_new(text="two wordz")
-    assert not is_new()
     os.utime(tmp_path / "a" / "model.safetensors")
     assert is_new()
 
@@ -444,6 +480,73 @@ def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer
         assert whole[len(text)].isspace()
 
 
+def test_a_text_without_a_blank_is_whole_and_none_is_empty(monkeypatch, tokenizer):
+    for prompt in ("问", "\n问"):
+        monkeypatch.setattr(dfc, "prompt_of", lambda row, tokenizer, prompt=prompt: prompt)
+
+        texts = dfc.tool_prompts([{"output": "答"}], tokenizer, 8, seed=0)
+
+        assert set(texts) <= {prompt, prompt + "答", "\n"}
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_it_and_prompts_as_the_template_does(
+        tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    start = ("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[start])
+    where = str(TINY / "tools.jsonl"), str(TINY / "text.jsonl")
+
+    tool_texts, plain_texts = dfc.load_texts(*where, tokenizer, "dev", 3, tmp_path)
+
+    assert all(text.startswith("<|endoftext|>") for text in plain_texts)
+    assert not any(text.startswith("<|endoftext|>") for text in tool_texts)
+
+
+def test_a_row_with_a_null_is_left_out_and_counted(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(as_lines({"text": "a"}, {"text": None}, {"text": "b"}))
+
+    rows = list(dfc.read_rows(str(file), dfc.PLAIN_ROW))
+
+    assert [row["text"] for row in rows] == ["a", "b"]
+    assert "1 of 3 rows left out" in capsys.readouterr().err
+
+
+def test_texts_of_a_data_set_are_asked_for_once(tmp_path, monkeypatch, tokenizer):
+    asked = []
+
+    def open_rows(name, stream):
+        asked.append(name)
+        return iter([{"text": f"Sentence {i} is here.", "split": "dev"} for i in range(100)])
+
+    monkeypatch.setattr(dfc, "open_rows", open_rows)
+    first, again = (dfc.plain_chunks("owner/name", tokenizer, "dev", 5, tmp_path) for _ in "12")
+
+    assert len(first) == 5
+    assert again == first
+    assert asked == ["owner/name"]
+
+
+def test_rows_of_a_data_set_are_those_of_its_file(tmp_path):
+    pytest.importorskip("datasets")
+    file = tmp_path / "data" / "train.jsonl"
+    file.parent.mkdir()
+    file.write_text(as_lines(ONE, TWO))
+
+    assert list(dfc.read_rows(str(file.parent), dfc.TOOL_ROW)) == [ONE, TWO]
+
+
+def test_a_template_with_todays_date_is_told(tmp_path, capsys):
+    model = shutil.copytree(TINY / "base", tmp_path / "model")
+    with open(model / "chat_template.jinja", "a") as file:
+        file.write("{{ strftime_now('%d %b %Y') }}")
+
+    dfc.load_tokenizer(str(model), str(TINY / "base"))
+
+    assert "today's date" in capsys.readouterr().err
+
+
 # ---- 5. Train, save, load ------------------------------------------------------------------------
 def publish(folder, D=8, n=2, k=4, **more):
     """A folder in the form of the paper's checkpoints, from random weights -> its crosscoder."""
@@ -483,10 +586,7 @@ def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp
     again = dfc.load(str(tmp_path / "run"))
     state = load_file(tmp_path / "run" / "model.safetensors")
 
-    assert again.k == 5
-    assert again.n_a == 4
-    assert again.n_b == 3
-    assert again.tied is True
+    assert (again.k, again.n_a, again.n_b, again.tied) == (5, 4, 3, True)
     shapes = {name: tuple(weights.shape) for name, weights in state.items()}
     assert shapes == {
         "W_enc": (2, 8, 32),
@@ -644,7 +744,16 @@ def bad(world, tmp_path_factory):
     for name in ("RUN", "DAMAGED", "FOREIGN"):
         shutil.copytree(world.run, home / name)
     shutil.copytree(TINY / "base", home / "MODEL")
+    shutil.copytree(TINY / "base", home / "DROPS")
     publish(home / "PICKLE", b_enc=Bomb())
+
+    # a block left out, a prefix before each name
+    weights = load_file(TINY / "base" / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if ".layers.3." not in name}
+    prefixed = {f"_orig_mod.{name}": w for name, w in weights.items()}
+    for name, some in (("PARTLY", kept), ("PREFIXED", prefixed)):
+        shutil.copytree(TINY / "base", home / name)
+        save_file(some, home / name / "model.safetensors", {"format": "pt"})
 
     row = rows_in(TINY / "tools.jsonl")[0]
     other_split = {**row, "split": "validation"}
@@ -657,6 +766,8 @@ def bad(world, tmp_path_factory):
         "TWO.jsonl": as_lines(row, other_split),
         "LONE.jsonl": as_lines({**row, "prediction": ""}) + json.dumps(half_a_pair),
         "MODEL/chat_template.jinja": "{{ raise_exception('no system role') }}",
+        "DROPS/chat_template.jinja": "{{ messages[1]['content'] }}",
+        "OTHER.jsonl": as_lines({"output": "[TOOL_CALLS] []", "prediction": "no"}),
         "DAMAGED/metrics.json": '{"config": {"mod',
         "FOREIGN/metrics.json": "{}",
     }
@@ -675,6 +786,11 @@ layer 9          dfc.py --layer 9
 MISSING          dfc.py --model-a MISSING
 MISSING          dfc.py --model-b MISSING
 no system role   dfc.py --model-a MODEL
+leaves out       dfc.py --model-a DROPS
+not in its file  dfc.py --model-a PARTLY
+not in its file  dfc.py --model-b PREFIXED
+a share of       dfc.py --excl .001
+a share of       dfc.py --excl inf
 cannot use       dfc.py --model-b .
 cannot use       dfc.py --model-b tiny
 too few          dfc.py --tool-texts ONE.jsonl
@@ -694,6 +810,8 @@ no finished run  steer.py nothing
 cannot use       published.py PICKLE --preset tiny
 row 2            eval_toolcall.py --score LONE.jsonl
 no row           eval_toolcall.py --score EMPTY.jsonl
+<tool_call>      eval_toolcall.py --score OTHER.jsonl
+less than 1      eval_toolcall.py RUN --rows 0
 jsonl            eval_toolcall.py --score ""
 --alpha          steer.py RUN --alpha strong
 --prompt         steer.py RUN --alpha 2
@@ -725,6 +843,20 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
     assert not Path("exploded").exists()
 
 
+def test_an_error_line_has_the_hubs_answer_and_no_signed_address(capsys):
+    def main(argv):
+        with dfc.errors_about("owner/name"):
+            try:
+                raise OSError("429 for https://cdn/file?Signature=secret")
+            except OSError as e:
+                raise OSError("check your connection") from e
+
+    assert dfc.cli(main) == 2
+
+    error = capsys.readouterr().err
+    assert "owner/name: check your connection (429 for https://cdn/file)" in error
+
+
 # ---- 7. Scores -----------------------------------------------------------------------------------
 OTHER_NAME = WEATHER.replace("weather", "time")
 OTHER_VALUE = WEATHER.replace("3", "5")
@@ -750,6 +882,7 @@ GOLDEN = [  # ToolRL's format and correctness; paper_overall; exact
     ("1   3     2  1", TWO, says(TIME, SHORT)),
     ("1  -0.5   2  0", row_of(says(SHORT, WEATHER)), says(SHORT)),
     ("0   0     2  0", NONE, says(WEATHER)),
+    ("0   3     2  0", ONE, f"<think> t\n{block(WEATHER)}"),  # the thought does not end
     ("1   0    -1  1", NONE, RESPONSE),
 ]
 CHOICES = [  # what ToolRL's code decides where its formula leaves a choice
@@ -795,6 +928,9 @@ def test_hermes_blocks_are_the_same_calls_and_what_is_broken_is_called_but_never
 
     assert ev.parse_calls(hermes) == ev.parse_calls(block(SHORT, TIME))
     assert ev.parse_calls(block(as_text)) == ([("get_time", '{"tz": "CET"}')], True)
+    for nothing in ('""', "null", "{}"):
+        no_parameters = block(f'{{"name": "f", "arguments": {nothing}}}')
+        assert ev.parse_calls(no_parameters) == ([("f", "{}")], True)
     assert ev.parse_calls(f"<think> {block(WEATHER)} </think> no") == ([], True)
 
     not_closed = hermes.removesuffix("</tool_call>")
@@ -808,6 +944,7 @@ def test_hermes_blocks_are_the_same_calls_and_what_is_broken_is_called_but_never
 
 @pytest.mark.parametrize("said, gold, exact", [
     ("3", '"3"', 0),
+    ("3.0", "3", 1),
     ("1", "true", 0),
     ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 1),
 ])
@@ -827,6 +964,19 @@ def test_exact_is_equality_as_json_has_it(said, gold, exact):
 def test_exact_is_a_response_where_no_call_is_wanted(text, with_tag, without):
     assert ev.score(text, NONE)["exact"] == with_tag
     assert ev.score(text, row_of("It rains."))["exact"] == without
+
+
+@pytest.mark.parametrize("tag, readable", [
+    ("</think>", True),
+    ("<think>", True),
+    ("</tool_call>", False),
+    ("<|im_end|>", False),
+])
+def test_a_tag_in_a_value_is_read_or_makes_the_row_unreadable(tag, readable):
+    row = row_of(says(SHORT.replace("Paris", tag)))
+
+    assert ev.needs_tool(row)
+    assert ev.is_readable(row) is readable
 
 
 def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
@@ -915,12 +1065,13 @@ def slowly(model, tokenizer, prompt, max_new, keep, v_D, everywhere=False):
     return dfc.answer_prefix(prompt) + tokenizer.decode(said)
 
 
-@pytest.mark.parametrize("family", ["the pair", "Llama", "Mistral", "Gemma2"])
+@pytest.mark.parametrize("family", ["the pair", "Llama", "Qwen3Next", "Mistral", "Gemma2", "GPT2"])
 def test_batched_answers_patched_once_or_at_every_token_equal_one_prompt_one_token_at_a_time(
         family, models, tokenizer):
     model = models["A"]
     if family != "the pair":  # one token in eight ends an answer
         model = random_model(family, eos_token_id=list(range(0, 1024, 8)))
+        model.generation_config.no_repeat_ngram_size = 1  # which must not act
     prompts = [dfc.prompt_of(row, tokenizer) for row in rows_in(TINY / "tools.jsonl", "test")[:5]]
     prompts.sort(key=len, reverse=True)
 
@@ -1221,22 +1372,16 @@ def test_what_is_done_to_a_and_b_and_each_control_is_as_long_at_every_prompt(
             assert close(torch.stack(controls[name]), slow_nND)
 
 
-def test_thorough_is_more_controls_every_token_and_plain_text(run, survey, latents, monkeypatch):
-    def random_controls(cc, survey, latents, most_latents):
-        return {"random": steer.random_units(most_latents, survey.a_minus_b_D)}
-
+def test_every_token_and_plain_text_are_for_thorough_alone(run, survey, latents, monkeypatch):
     def no_change(model, tokenizer, prompts, layer, v_VND, max_new):
         return [steer.Outcome([0, 1] * 10, 0., [])] * len(v_VND)
 
-    monkeypatch.setattr(steer, "control_units", random_controls)
     monkeypatch.setattr(steer, "outcomes", no_change)
     monkeypatch.setattr(steer, "measure_plain_text", lambda *args: {"nats": {}})
     quick, _, _ = steer.steer(run, survey, latents, 1)
     thorough, _, _ = steer.steer(run, survey, latents, 1, thorough=True)
 
-    assert len(quick.claims[0].controls["random"]) == 20
-    assert len(thorough.claims[0].controls["random"]) == 60
-    assert "down, every token" not in [claim.kind for claim in quick.claims]
+    assert len(thorough.claims) == len(quick.claims) + 1
     assert thorough.claims[-1].kind == "down, every token"
     assert quick.plain_text is None
     assert thorough.plain_text == {"nats": {}}
@@ -1386,11 +1531,10 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
     x = [dfc.residual_stream(model, ids_1T, layer)[0] for model in run.models.values()]
     f_TL = run.cc.encode(torch.stack(x, 1))
     f_T = f_TL[:, latents[0]]
-    places = f_T.nonzero()[:, 0]
+    fires = {i: f for i, f in enumerate(f_T.tolist(), 1) if f > 0}
     shown = re.findall(r"^ *(\d+) +['\"].* ([\d.]+)$", out, re.M)
-    assert shown
-    assert [int(place) for place, _ in shown] == (places + 1).tolist()
-    assert [float(f) for _, f in shown] == pytest.approx(f_T[places].tolist(), abs=.01)
+    assert fires
+    assert {int(i): float(f) for i, f in shown} == pytest.approx(fires, abs=.01)
 
 
 @pytest.mark.parametrize("n, masks", [
@@ -1573,6 +1717,22 @@ def test_grid_cells_equal_steering_one_prompt_at_a_time_and_are_not_done_again(
     # again, without answering
     monkeypatch.setattr(grid, "outcomes_in", None)
     assert grid.answer(run, prompts, scalings) == counts
+
+
+def test_saturation_takes_the_first_n_latents_away_and_copies_them(run, survey):
+    test = steer.read_prompts(run, "test", 1)
+    scene = saturation.make_scene(run, "test", 1)
+
+    sizes = saturation.saturate(run, scene)["sizes"]
+
+    best = steer.best_latents(survey.ranking, "A-exclusive")
+    for size in sizes:
+        assert size["latents"] == best[:size["n"]]
+    two = sizes[1]
+    written_ND = steer.written(run.cc, test.f_NL, best[:2])
+    for m, sign, done in (("A", -1, "taken away"), ("B", two["c"], "as in A")):
+        outcome = steer.outcomes_in(run, m, test, sign * written_ND[None])[0]
+        assert two[done]["latents"]["exact"] == 100 * np.mean(outcome.exact)
 
 
 def test_the_best_cell_is_chosen_on_dev_and_reported_on_test():
