@@ -8,7 +8,7 @@ the DFC is from arXiv 2602.11729.)
 
     z_m    = (x_m - mean_m) / scale_m                (1) one vector per model m, mean square 1
     pre    = sum_m z_m W_enc[m] + b_enc              (2) forbidden (m, latent) weights are zero
-    f      = the k largest of pre, if above 0        (3) all others are zero
+    f      = the k largest of pre, if above 0        (3) all others are zero: relu, then top k
     zhat_m = sum_l f_l W_dec[l, m] + b_dec[m]        (4) and xhat_m = zhat_m scale_m + mean_m
     loss   = mean (z - zhat)^2                       (5)
              + sum_l lambda_l f_l ||W_dec[l]||       (6) L1, in the form of [d]
@@ -26,9 +26,9 @@ D residual width, L latents, k active ones, T tokens, E = M D (a pair laid end t
     python dfc.py --recipe paper           # trained the published way, for comparison
     python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
 
-Where we leave the paper is marked, with the reason: [a] shared latents tied, [b] a fair start,
-[c] mean and scale kept, [d] the L1 term, [e] revival, [f] the learning rate, [g] whole prompts
-among the texts; --recipe paper undoes all but [c]. Sections 1 to 4 are the method.
+Where we leave the paper is marked, with the reason: [a] tied shared latents, [b] a fair start and
+[c] mean and scale kept, all in Crosscoder; [d] l1_penalty, [e] aux_loss, [f] schedule, [g]
+tool_prompts. --recipe paper undoes all but [c]. Sections 1 to 4 are the method.
 """
 
 import argparse
@@ -140,8 +140,8 @@ class Crosscoder(nn.Module):
         if tied:
             W_dec[shared] = W_dec[shared, :1]
 
-        # encoder [b]: a latent begins by reading what it writes. A shared one reads both models:
-        # halved, its pre-activation is the mean of what each of them says
+        # encoder [b]: a latent begins by reading what it writes. A shared one reads both models,
+        # so it is halved: pre = (z_A . row_A + z_B . row_B) / 2, the mean over the models
         W_enc = W_dec.permute(1, 2, 0).contiguous()
         W_enc[..., shared] /= 2
 
@@ -161,7 +161,8 @@ class Crosscoder(nn.Module):
 
     @torch.no_grad()
     def confine(self, W_enc, W_dec):
-        """In place: what may not be read or written becomes zero, tied rows their mean."""
+        """In place, of the weights before training and of their gradients in each step: what may
+        not be read or written becomes zero, tied rows become their mean."""
         a, b = self.n_a, self.n_a + self.n_b
         W_enc[1, :, :a] = 0   # A-exclusive latents do not read B
         W_dec[:a, 1] = 0      # and do not write into it
@@ -231,10 +232,12 @@ def decode_active(f_Bk, index_Bk, W_dec):
 
 # ---- 3. Losses and the training loop -------------------------------------------------------------
 def l1_penalty(mean_L, lambda_L, W_dec):
-    """(6), with mean_L the mean of f over the batch. [d] A sum over latents, each weighed by the
-    length of what it writes, or f could be shrunk for free by longer rows; lambda = 2e-5 makes it 1
-    to 10 % of the loss. The paper writes a sum, its code takes the mean over all latents, and then
-    lambda = 1e-3 is 0.1 % of the loss."""
+    """(6), with mean_L the mean of f over the batch. [d]
+
+    Ours: a sum over latents, each weighed by the length of its row, or f could be shrunk for free
+    by longer rows. lambda = 2e-5 makes it 1 to 10 % of the loss.
+    The paper: the sum of f. Its code: the mean of f over all latents. With its lambda = 1e-3 that
+    is 0.1 % of the loss."""
     return (lambda_L * mean_L * W_dec.flatten(1).norm(dim=1)).sum()
 
 
@@ -248,7 +251,7 @@ def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
     z - zhat is detached: the dead learn from the error and do not push the living. Partitions
     compete apart, or the many shared latents would win every place."""
     writes = {"A-exclusive": slice(0, 1), "B-exclusive": slice(1, 2), "shared": slice(0, 2)}
-    some = 1 + len(z_BMD) // 4  # a quarter of the batch revives as well as all of it
+    some = 1 + len(z_BMD) // 4  # a quarter of the batch revived as many as all of it
     residual_BMD = (z_BMD - zhat_BMD).detach()[:some]
 
     total = z_BMD.new_zeros(())
@@ -288,7 +291,7 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
     constant rate. Raises ValueError where training diverges."""
     published = recipe == "paper"
     order = batches(len(x_NMD), batch, seed)
-    bf16 = bf16_pays(x_NMD.device, len(cc.b_enc))  # the product of (2) alone; encode() is fp32
+    bf16 = bf16_pays(x_NMD.device, len(cc.b_enc))  # for the product in (2) alone, in training
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
     cc.confine(cc.W_enc, cc.W_dec)
 
@@ -325,14 +328,14 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
         # backward
         opt.zero_grad()
         terms.sum().backward()
-        cc.confine(cc.W_enc.grad, cc.W_dec.grad)  # tied rows: one gradient, so they stay equal
+        cc.confine(cc.W_enc.grad, cc.W_dec.grad)  # tied rows get one gradient: they stay equal
         nn.utils.clip_grad_norm_(cc.parameters(), 1.)
 
         # step
         if not published:
             opt.param_groups[0]["lr"] = lr * schedule(step, steps)
         opt.step()
-        if step >= .9 * steps:
+        if step >= int(.9 * steps):
             total += terms.detach()
 
     if not all(t.isfinite().all() for t in (total, *cc.parameters())):
@@ -493,7 +496,8 @@ def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", 
     else:
         tool_texts = tool_prompts(rows, tokenizer, n, seed)
 
-    # a BOS token, if the tokenizer puts one in front of text; chat templates bring their own
+    # what the tokenizer puts in front of any text, "<bos>" for Gemma and nothing for Qwen; the
+    # chat template of tool texts brings its own
     bos = tokenizer.decode(tokenizer("")["input_ids"])
     plain_texts = [bos + piece for piece in plain_chunks(plain_file, tokenizer, split, n, cache)]
     if not tool_texts or not plain_texts:
@@ -504,8 +508,8 @@ def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", 
 
 def tool_prompts(rows, tokenizer, n, seed):
     """n texts. [g] Half are whole prompts: they end where latents are ranked and patched, which no
-    text of the published mix does. Half go on into the answer, cut at a random blank. Rows serve
-    again where they are too few."""
+    text of the published mix does. Half are prompts with their answers, cut at a random blank. Rows
+    are used again where they are too few."""
     dialogues = read_dialogues(rows, tokenizer)
     texts = [prompt for prompt, _ in islice(cycle(dialogues), n // 2)]
 
@@ -590,7 +594,7 @@ def chunks(text, tokenizer, size=30):
     return pieces
 
 
-def read_rows(name, fields, stream=False):
+def read_rows(name, names, stream=False):
     """Yields rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name"
     or "owner/name:config"; stream: without a copy on the disk. A row in which one of the texts is
     null is left out, and counted. Raises ValueError naming file and row, OSError."""
@@ -599,7 +603,7 @@ def read_rows(name, fields, stream=False):
     left_out = 0
     try:
         for row in rows:
-            texts = [row[field] for field in fields]
+            texts = [row[key] for key in names]
             if None in texts:
                 left_out += 1
             else:
@@ -607,7 +611,7 @@ def read_rows(name, fields, stream=False):
                 yield row
             done += 1
     except (LookupError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{name}, row {done + 1}, needs the texts {fields}: {e}") from e
+        raise ValueError(f"{name}, row {done + 1}, needs the texts {names}: {e}") from e
     if left_out:
         print(f"{name}: {left_out} of {done} rows left out, a text is null", file=sys.stderr)
 

@@ -27,7 +27,8 @@ An example and its verdict:
                 {"name": "get_weather", "parameters": {"city": "Paris", "days": 3}}
                 </tool_call>
     prediction  the same with "days": 5
-    verdict     exact 0   name 1   called 1   toolrl 1 + 1.5   paper_overall 2
+    verdict     exact 0   name 1   called 1   paper_overall 2
+                toolrl 1 + 1.5: the format, and 6 * 3 / 4 - 3, for 3 of 4 points
 
 Shapes: N prompts, M = 2 models (A, B), D width, V versions of an answer (what is patched in),
 B prompts of a batch, R answers in flight (B prompts in some versions), T tokens.
@@ -80,7 +81,7 @@ class Parsed(NamedTuple):
     """The calls of an answer."""
 
     calls: list  # of (name, its parameters as canonical JSON)
-    tidy: bool   # every block is closed and holds calls alone: exact asks for it, called does not
+    tidy: bool   # every block is closed and holds calls alone: exact and name ask for it
 
     @property
     def names(self):
@@ -203,7 +204,7 @@ def toolrl_correctness(output, gold):
         found_names = [call["name"] for call in found]
         wanted_names = [call["name"] for call in wanted]
         total = jaccard(found_names, wanted_names)
-        highest = 1
+        highest = 1  # what the names can give; each gold call adds to it
         for gold_call in wanted:
             matches = [match(call, gold_call) for call in found]
             best = max(matches, default=0.)
@@ -371,7 +372,7 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1.,), v_VND=No
 
     answers = [[None] * len(prompts) for _ in keep_V]
     bar = tqdm(total=len(keep_V) * len(prompts), desc="answers", leave=False, disable=None)
-    for batch in batches_by_length(ids, at_once // 4):  # so small that some versions fit together
+    for batch in batches_by_length(ids, at_once // 4):  # leaves room for some versions of a batch
         # 2. pad on the left, so that all prompts end at the same place
         ids_BT, mask_BT = pad_left([ids[n] for n in batch], model.device)
 
@@ -381,29 +382,40 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1.,), v_VND=No
         # 4. answer, as many versions together as fit
         fit = max(1, at_once // (len(batch) * (ids_BT.shape[1] + max_new)))
         for versions in torch.arange(len(keep_V)).split(fit):
-            # rows of 3 versions of 2 prompts: version 0 0 1 1 2 2, place in the batch 0 1 0 1 0 1
-            version_R = versions.repeat_interleave(len(batch))
-            place_R = torch.arange(len(batch)).repeat(len(versions))
-            prompt_R = torch.tensor(batch)[place_R]
+            v_VBD = v_VND[versions][:, batch]
+            said = answer_versions(
+                model, ids_BT, mask_BT, cache, layer, keep_V[versions], v_VBD, max_new, ends)
 
-            keep_R11 = keep_V[version_R, None, None]
-            v_R1D = v_VND[version_R, prompt_R][:, None]
-            patch = functools.partial(scale_and_add, keep_R11, v_R1D)
-            own_cache = copy.deepcopy(cache)
-            own_cache.reorder_cache(place_R.to(model.device))  # an index_select: it repeats rows
-            said = decode_greedily(model, ids_BT[place_R, -1:], mask_BT[place_R], own_cache,
-                                   max_new, ends, layer, patch)
-
-            for v, n, tokens in zip(version_R.tolist(), prompt_R.tolist(), said):
-                answers[v][n] = answer_prefix(prompts[n]) + tokenizer.decode(tokens)
-            bar.update(len(said))
+            for v, version in zip(versions.tolist(), said):
+                for n, tokens in zip(batch, version):
+                    answers[v][n] = answer_prefix(prompts[n]) + tokenizer.decode(tokens)
+                    bar.update()
     bar.close()
     return answers
 
 
+def answer_versions(model, ids_BT, mask_BT, cache, layer, keep_V, v_VBD, max_new, ends):
+    """The answers of a batch of prompts in some versions, [V][B] token lists. cache: of all tokens
+    but the last."""
+    n_versions = len(v_VBD)
+    n_prompts = len(ids_BT)
+
+    # all answers in one batch; of 3 versions of 2 prompts, prompt_R is 0 1 0 1 0 1
+    prompt_R = torch.arange(n_prompts, device=model.device).repeat(n_versions)
+    keep_R11 = keep_V.repeat_interleave(n_prompts)[:, None, None]
+    v_R1D = v_VBD.flatten(0, 1)[:, None]
+    patch = functools.partial(scale_and_add, keep_R11, v_R1D)
+
+    own_cache = copy.deepcopy(cache)  # reorder_cache() works in place,
+    own_cache.reorder_cache(prompt_R)  # by index_select: it also repeats rows
+    said = decode_greedily(
+        model, ids_BT[prompt_R, -1:], mask_BT[prompt_R], own_cache, layer, patch, max_new, ends)
+    return [said[i:i + n_prompts] for i in range(0, len(said), n_prompts)]
+
+
 def end_tokens(model, tokenizer):
-    """The ids that end an answer: those that the model's and the tokenizer's files name, and the
-    usual ends of a turn, for a base's own file knows only the end of a text."""
+    """The ids of all tokens that end an answer: those that the model's and the tokenizer's files
+    name, and the usual ends of a turn, for a base's own file knows only the end of a text."""
     known = tokenizer.get_vocab()
     usual = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>")
     ends = {known[token] for token in usual if token in known}
@@ -435,7 +447,7 @@ def prefill(model, ids_BT, mask_BT):
     return cache
 
 
-def decode_greedily(model, next_R1, mask_RT, cache, max_new, ends, layer, patch):
+def decode_greedily(model, next_R1, mask_RT, cache, layer, patch, max_new, ends):
     """Token lists, each without the token that ended it. next_R1 are the prompts' last tokens: at
     these alone, in the first pass, patch() edits the output of block `layer`. mask_RT covers them
     and what is in the cache. (model.generate would follow the sampling, penalties and least lengths
@@ -488,8 +500,8 @@ def reconstructions(cc, x_NMD, raw=False):
 
     The pair is encoded together. Into both models: the activation itself (nothing may change), the
     reconstruction, its parts (one partition's latents; none of them, "mean only"), the activation
-    with noise as long as the reconstruction's error. raw: also as published, without mean and scale
-    ([c] in dfc.py). Into B also what beside_another_a() gives."""
+    with noise of the same norm as the reconstruction's error. raw: also as published, without mean
+    and scale ([c] in dfc.py). Into B also what beside_another_a() gives."""
     x_NMD = x_NMD.float()
     xhat_NMD, f_NL = cc(x_NMD)
     both = {"own activation": x_NMD, "reconstruction": xhat_NMD}
@@ -501,7 +513,7 @@ def reconstructions(cc, x_NMD, raw=False):
         both[f"{name} alone"] = cc.decode(only_NL)
     both["mean only"] = cc.decode(torch.zeros_like(f_NL))
 
-    # noise as long as the error
+    # noise of the same norm as the error
     error_NM = (xhat_NMD - x_NMD).norm(dim=2)
     for seed in range(3):
         rng = torch.Generator().manual_seed(seed)
@@ -575,14 +587,16 @@ def is_readable(row):
 
 
 def describe(rows):
-    """How many rows need a tool. Raises ValueError where none seems to, but gold answers look like
-    calls in another form."""
-    needs = sum(map(needs_tool, rows))
+    """How many rows need a tool, in words."""
+    return f"{sum(map(needs_tool, rows))} of {len(rows)} need a tool"
+
+
+def check_call_format(rows):
+    """Raises ValueError where no gold answer has a call that we can see, but some look like one."""
     call_like = r'\[TOOL_CALLS\]|<\|python_tag\|>|"name"\s*:'
     other = [row["output"] for row in rows if re.search(call_like, after_thought(row["output"]))]
-    if needs == 0 and other:
+    if other and not any(map(needs_tool, rows)):
         raise ValueError(f"no gold answer calls a tool between <tool_call> tags, but: {other[0]}")
-    return f"{needs} of {len(rows)} need a tool"
 
 
 def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat"):
@@ -594,7 +608,7 @@ def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat
     seen = Counter()
     left_out = 0
     for row in read_rows(tool_file, TOOL_ROW):
-        kind = str(row.get("kind", needs_tool(row)))
+        kind = str(row.get("kind", needs_tool(row)))  # a column that a file may have
         if split_of(row) != split or (most is not None and seen[kind] >= most):
             continue
         prompt = row["instruction"] if template == "paper" else prompt_of(row, tokenizer)
@@ -608,7 +622,7 @@ def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat
     if left_out:
         print(f"{left_out} {split} rows left out: longer than the model's positions, or gold "
               "unreadable")
-    describe(rows)
+    check_call_format(rows)
     if not any(map(needs_tool, rows)):
         raise ValueError(f"no {split} row of {tool_file} that can be used needs a tool")
     return rows, prompts
@@ -696,6 +710,7 @@ def score_file(name):
     rows = [row for row in every if is_readable(row)]
     if not rows:
         raise ValueError(f"{name} holds no row whose gold answer is exact against itself")
+    check_call_format(rows)
     print(f"{len(every) - len(rows)} of {len(every)} rows left out: gold unreadable")
     print(describe(rows))
 

@@ -4,41 +4,42 @@ Take the A-exclusive latent that best separates prompts that need a tool from pr
 template that do not. Change it at the prompt's last token, where the answer begins. Count the exact
 calls. A line of what is printed, shortened:
 
-                        exact calls, %                 changes by controls       less the strongest
-                        clean  change, 95 %    random  latents  A - B  needs - none   of them
-    taken away from A      91  -88 [-94, -80]   -2..1   -11..1     -9      -90     +2 [0, +6]
+                        exact calls, %          changes by controls, pp        margin over the
+                        clean  change, 95 %     random  latents  A - B  needs - none   strongest
+    taken away from A      91  -88 [-94, -80]    -2..1   -11..1     -9       -90    -2 [-6, +0]
 
-What is done. S are the latents that are changed, one or several:
+What is done, with S the latents that are changed, one or several, and
 
     written_n = sum_{l in S} f_nl W_dec[l, A] scale_A        (8) what S writes into A at prompt n
-    delta_n   = (alpha - 1) written_n                        (9) added to A
 
-    down     alpha = 0 takes the latents away
-    up       alpha > 1 exaggerates them
-    into B   (8) added to B, with one f for all prompts: the latents' mean, or their maximum, on dev
-             prompts that need a tool
-    as in A  c times (8) added to B: on each prompt as strong as in A, so B is given A's decision
+    kind     into  what is added at prompt n
+    down     A     (alpha - 1) written_n with alpha = 0      (9) the latents are taken away
+    up       A     (alpha - 1) written_n with alpha > 1          they are exaggerated
+    into B   B     written_n with one f for all prompts: the mean, or the maximum, of f on dev
+                   prompts that need a tool
+    as in A  B     c written_n: in proportion to f in A, so B is given A's decision
 
 What it is compared with. Many directions move a hesitating model, so each change stands beside
-controls, pushes that are as long on each prompt:
+controls: pushes of the same length on each prompt, along another direction:
 
-    random        along 10 random directions
-    latents       along other live latents of the same partition, those that separate best
-    A - B         along the difference of the models' means on prompts that need a tool
-    needs - none  along the difference of A's means between the two kinds of prompt
+    random        10 random directions
+    latents       other live latents of the same partition, those that separate best
+    A - B         the difference of the models' means on prompts that need a tool
+    needs - none  the difference of A's means between the two kinds of prompt
 
-The last needs no dictionary. It is also tried as one would use it: "constant", the same push for
-all prompts, and "A along", on each prompt as far as A's own vector reaches in that direction.
+The last needs no dictionary. It is also tried as one would use it without one: "constant" is the
+same push on all prompts, "A along" pushes as far as A's own vector reaches in that direction.
 
-The verdict rests on exact calls and their margin, the effect less the strongest control's:
+The margin is the effect less that of the strongest control, on the same prompts; negative: the
+control does more. The verdict on exact calls:
 
     no                    the 95 % interval of the effect, or of its margin over random directions,
                           reaches 0
     beyond random         both intervals lie beyond 0
     beyond every control  the margins over the three other kinds of control lie beyond 0, too
 
-It is blind for false calls, tool calls on prompts that need none: they stand beside it. The latent,
-alpha and c are chosen on dev rows, everything is reported on test rows.
+The verdict does not see false calls, tool calls on prompts that need none: they stand beside it.
+The latent, alpha and c are chosen on dev rows, everything is reported on test rows.
 
     python steer.py                          # the newest run of dfc.py: two minutes
     python steer.py --thorough               # more controls, every token, plain text: four minutes
@@ -87,6 +88,7 @@ from eval_toolcall import (
     tool_names,
 )
 
+CONTROLS = ("random", "latents", "A - B", "needs - none")
 ALPHAS = (1.25, 1.5, 2., 2.5, 3., 4., 6., 8., 16., 32.)  # of up
 
 
@@ -177,7 +179,7 @@ class Survey:
     live_L: torch.Tensor              # is a latent active on any dev prompt or dev text?
     a_minus_b_D: torch.Tensor         # mean A - mean B on prompts that need a tool
     needs_minus_none_D: torch.Tensor  # A's mean where a tool is needed - where none is
-    middle_D: torch.Tensor            # between these two means
+    middle_D: torch.Tensor            # halfway between these two means
 
 
 def survey_latents(run):
@@ -247,13 +249,14 @@ def exclusivity(cc, x_NMD, f_NL):
     error_NMD = cc.normalise(x_NMD) - zhat_NMD
     d_LD = cc.W_dec[:, 0]
 
-    def beta(y_NMD):  # times sum |f d|^2, which cancels in nu
+    def numerator(y_NMD):  # of beta; the denominator cancels in nu
         return torch.einsum("nmd,ld,nl->lm", y_NMD, d_LD, f_NL)
 
+    # in nu_error y is another one for each latent: its own part of the numerator is added after,
     # sum_n <f_n d, f_n W_dec[l, m]> = sum_n f_n^2 <d, W_dec[l, m]>
     own_LM = f_NL.pow(2).sum(0)[:, None] * (cc.W_dec * d_LD[:, None]).sum(2)
-    error_LM = beta(error_NMD) + own_LM
-    recon_LM = beta(zhat_NMD - zhat_NMD.mean(0))
+    error_LM = numerator(error_NMD) + own_LM
+    recon_LM = numerator(zhat_NMD - zhat_NMD.mean(0))
 
     nu_error_L, nu_recon_L = (b_LM[:, 1] / b_LM[:, 0] for b_LM in (error_LM, recon_LM))
     return nu_error_L.nan_to_num(1e9, 1e9, -1e9), nu_recon_L.nan_to_num(1e9, 1e9, -1e9)
@@ -272,8 +275,8 @@ def delta(cc, f_NL, latents, alpha):
 
 def take_away(cc, latents, along_D=None):
     """An edit for hooked(): subtract at every token what exclusive latents of A write there. We
-    assume that all survive the top k, which A alone cannot tell. along_D: as long, along this
-    direction instead."""
+    assume that all survive the top k, which A alone cannot tell. along_D: a push of the same length
+    along this direction instead."""
     def edit(h_RTD):
         z_RTD = (h_RTD.float() - cc.mean[0]) / cc.scale[0]
         f_RTS = torch.relu(z_RTD @ cc.W_enc[0][:, latents] + cc.b_enc[latents])
@@ -295,7 +298,7 @@ def control_units(cc, survey, latents, most_latents):
     ones of the partition, at most most_latents, those that separate best."""
     part = cc.parts()[partition_of(cc, latents[0])]
     f_NL = survey.dev.f_NL
-    d_L = cohens_d(f_NL[survey.dev.needs_N], f_NL[~survey.dev.needs_N])  # also of negative ones
+    d_L = cohens_d(f_NL[survey.dev.needs_N], f_NL[~survey.dev.needs_N])  # the ranking ends at d = 0
     others = []
     for latent in d_L.argsort(descending=True).tolist():
         if part.start <= latent < part.stop and survey.live_L[latent] and latent not in latents:
@@ -309,13 +312,14 @@ def control_units(cc, survey, latents, most_latents):
 
 
 def as_long_as(v_ND, units):
-    """{name: (U, D)} -> {name: (U, N, D)}: along each direction, as long as v at each prompt."""
+    """{name: (U, D)} -> {name: (U, N, D)}: along each direction, of v's length at each prompt."""
     length_N1 = v_ND.norm(dim=1, keepdim=True)
     return {name: length_N1 * u_UD[:, None] for name, u_UD in units.items()}
 
 
 def reach_along(x_ND, direction_D, middle_D):
-    """As long as each vector reaches along a direction beyond a middle, along it -> (N, D)."""
+    """A push along a direction, as far as each vector reaches along it beyond a middle, which is
+    the threshold of a linear probe -> (N, D)."""
     unit_D = F.normalize(direction_D, dim=0)
     reach_N = ((x_ND - middle_D) @ unit_D).relu()
     return reach_N[:, None] * unit_D
@@ -361,11 +365,12 @@ class Intervention(NamedTuple):
     text: str            # what is done, in words
     v_ND: torch.Tensor   # what is added
     controls: dict       # {name: (U, N, D)}: what is added instead; {}: it is a control itself
-    sign: int = 1        # -1: calls should fall, +1: rise
+    sign: int = 1        # -1: calls should fall, +1: rise; controls are pushed the same way
 
 
 def best_strength(run, m, prompts, unit_ND, strengths):
-    """The strength c of a push c unit_ND into model m ("A" or "B"), by prompts that do not count:
+    """The strength c of a push c unit_ND into model m ("A" or "B"), by dev prompts and the
+    one-standard-error rule:
 
         gain(c) = exact calls - false calls, each in percent of its prompts
         the smallest c with gain(c) >= best gain - standard error of the best one's exact calls
@@ -392,7 +397,7 @@ class Strengths(NamedTuple):
     """How strong, chosen on dev prompts."""
 
     alpha: float     # of up
-    copy: float      # c, of "as in A"
+    c: float         # of "as in A"
     constant: float  # of needs - none, the same for all prompts
     along: float     # of needs - none, as far as A reaches along it
 
@@ -406,7 +411,7 @@ def choose_strengths(run, survey, latents, few_dev):
     along_ND = reach_along(few_dev.x_NMD[:, 0], survey.needs_minus_none_D, survey.middle_D)
     return Strengths(
         alpha=1 + best_strength(run, "A", few_dev, written_ND, more),
-        copy=best_strength(run, "B", few_dev, written_ND, in_b),
+        c=best_strength(run, "B", few_dev, written_ND, in_b),
         constant=best_strength(run, "B", few_dev, constant_ND, in_b),
         along=best_strength(run, "B", few_dev, along_ND, in_b),
     )
@@ -433,8 +438,8 @@ def list_interventions(cc, survey, latents, test, strengths, units):
                       delta(cc, test.f_NL, latents, s.alpha), units),
         with_controls("into B", "B", "its mean added to B", mean_ND, units),
         with_controls("into B", "B", "its maximum added to B", maximum_ND, units),
-        with_controls("as in A", "B", f"its activation in A x {s.copy:g} added to B",
-                      s.copy * written_ND, units),
+        with_controls("as in A", "B", f"its activation in A x {s.c:g} added to B",
+                      s.c * written_ND, units),
         Intervention("as in A", "B", f"constant needs - none x {s.constant:g} added to B",
                      s.constant * constant_ND, {}),
         Intervention("as in A", "B", f"A along needs - none x {s.along:g} added to B",
@@ -498,7 +503,7 @@ class Claim:
     false_calls: float
     clean: dict         # before: {exact, false_calls}
     controls: dict      # {name: [{pp, lo, hi, false_calls}]}
-    margins: dict       # {name: the effect less the strongest such control's {pp, lo, hi}}
+    margins: dict       # {name: over the strongest such control {pp, lo, hi}; > 0: beyond it}
     verdict: str
 
 
@@ -511,7 +516,7 @@ def compare(kind, text, sign, clean, own, controls):
                          for o in found]
         if found:
             strongest = max(found, key=lambda outcome: sign * np.mean(outcome.exact))
-            margins[name] = paired(own.exact, strongest.exact)
+            margins[name] = paired(sign * np.array(own.exact), sign * np.array(strongest.exact))
 
     effect = paired(own.exact, clean.exact)
     before = {"exact": 100 * float(np.mean(clean.exact)), "false_calls": clean.false_calls}
@@ -527,15 +532,11 @@ def verdict(effect, margins, sign):
     of claims."""
     if not margins:
         return "a control itself"
-
-    def beyond_0(change):
-        return min(sign * change["lo"], sign * change["hi"]) > 0
-
-    if not beyond_0(effect) or not beyond_0(margins["random"]):
+    beyond_0 = min(sign * effect["lo"], sign * effect["hi"]) > 0
+    beyond = [name for name, margin in margins.items() if margin["lo"] > 0]
+    if not beyond_0 or "random" not in beyond:
         return "no"
-    if len(margins) == 4 and all(map(beyond_0, margins.values())):
-        return "beyond every control"
-    return "beyond random"
+    return "beyond every control" if len(beyond) == len(CONTROLS) else "beyond random"
 
 
 @dataclass
@@ -585,23 +586,20 @@ def steer(run, survey, latents, most_rows=40, thorough=False):
 
 
 # ---- 5. Print ------------------------------------------------------------------------------------
-CONTROLS = ("random", "latents", "A - B", "needs - none")
-
-
 def print_result(result, folder, layer):
     """The table; every figure in percent or percentage points."""
     names = " ".join(map(str, result.latents))
     print(f"\n{folder}, layer {layer}, latent {names}; test rows: {result.rows['needs']} that need "
           f"a tool, {result.rows['none']} that do not\n")
     print(f"{'':38s}exact calls, %                 false    changes by controls, pp (most false "
-          f"calls){'':16s}less the strongest")
+          f"calls){'':16s}margin over the")
     heads = "".join(f"{name:>15s}" for name in CONTROLS)
-    print(f"{'':38s}clean  change, pp, 95 %     calls, %{heads}   control, 95 %       verdict")
+    print(f"{'':38s}clean  change, pp, 95 %     calls, %{heads}   strongest, 95 %     verdict")
     for claim in result.claims:
         change = "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**claim.effect)
         cells = "".join(f"{control_cell(claim.controls.get(name)):>15s}" for name in CONTROLS)
         print(f"{claim.text:38s}{claim.clean['exact']:5.0f}  {change:20s}{claim.false_calls:10.0f}"
-              f"{cells}   {margin_cell(claim):20s}{claim.verdict}")
+              f"{cells}   {margin_cell(claim.margins):20s}{claim.verdict}")
     print("verdict: do the intervals of the change and of its margins over controls lie beyond 0?")
 
     for row in result.ranking:
@@ -625,11 +623,11 @@ def control_cell(changes):
     return f"{low} ({most:.0f})" if low == high else f"{low}..{high} ({most:.0f})"
 
 
-def margin_cell(claim):
-    """The smallest margin, over the strongest of all controls."""
-    if not claim.margins:
+def margin_cell(margins):
+    """The smallest margin."""
+    if not margins:
         return "-"
-    smallest = min(claim.margins.values(), key=lambda margin: claim.sign * margin["pp"])
+    smallest = min(margins.values(), key=lambda margin: margin["lo"])
     return "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**smallest)
 
 
@@ -719,7 +717,7 @@ def main(argv=None):
     steering = {**asdict(result), "seconds": time.time() - began}
     save_result(run.folder, "steering", steering, lines, "steer.jsonl")
     with atomically(run.folder / "ranking.csv") as part, open(part, "w", newline="") as file:
-        table = csv.DictWriter(file, survey.ranking[0] if survey.ranking else [])
+        table = csv.DictWriter(file, list(survey.ranking[0]) if survey.ranking else [])
         table.writeheader()
         table.writerows(survey.ranking)
 
