@@ -746,8 +746,9 @@ def main(argv=None):
     if other:
         raise ValueError(f"{s.out} is a run with another {', '.join(other)}: give another --out")
 
-    for name, text in (("fve", "of the variance of dev texts"), ("l0", "active latents a pair"),
-                       ("live", "of the latents ever fire"), ("loss", "of the loss")):
+    lines = {"fve": "of the variance of dev texts", "l0": "active latents a pair",
+             "live": "of the latents ever fire", "loss": "of the loss"}
+    for name, text in lines.items():
         values = "".join(f"{key} {value:.4g}   " for key, value in metrics[name].items())
         print(f"{name:8s}{values}{text}")
     print(f"saved   {s.out}; next: python eval_toolcall.py {s.out}, python steer.py {s.out}")
