@@ -340,8 +340,7 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
 
     if not all(t.isfinite().all() for t in (total, *cc.parameters())):
         raise ValueError(f"training diverged, nothing is saved: lower --lr {lr:g}")
-    shares = (total / total.sum()).tolist()
-    return dict(zip(("mse", "l1", "aux"), shares))
+    return dict(zip(("mse", "l1", "aux"), (total / total.sum()).tolist()))
 
 
 def fve(x_BMD, xhat_BMD):
