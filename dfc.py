@@ -11,7 +11,7 @@ the DFC is from arXiv 2602.11729.)
     f      = the k largest of pre, if above 0        (3) all others are zero
     zhat_m = sum_l f_l W_dec[l, m] + b_dec[m]        (4) and xhat_m = zhat_m scale_m + mean_m
     loss   = mean (z - zhat)^2                       (5)
-             + sum_l lambda_l f_l ||W_dec[l]||       (6) L1
+             + sum_l lambda_l f_l ||W_dec[l]||       (6) L1, in the form of [d]
              + revival of dead latents               (7)
 
     latents = [ A-exclusive: n_a | B-exclusive: n_b | shared ]     n = share * L, rounded down
@@ -26,9 +26,9 @@ D residual width, L latents, k active ones, T tokens, E = M D (a pair laid end t
     python dfc.py --recipe paper           # trained the published way, for comparison
     python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
 
-Where we leave the paper is marked, with the reason: [1] shared latents tied, [2] a fair start,
-[3] mean and scale kept, [4] the L1 term, [5] revival, [6] the learning rate, [7] whole prompts
-among the texts; --recipe paper undoes all but [3]. Sections 1 to 4 are the method.
+Where we leave the paper is marked, with the reason: [a] shared latents tied, [b] a fair start,
+[c] mean and scale kept, [d] the L1 term, [e] revival, [f] the learning rate, [g] whole prompts
+among the texts; --recipe paper undoes all but [c]. Sections 1 to 4 are the method.
 """
 
 import argparse
@@ -119,9 +119,10 @@ RECIPES = {
 # ---- 2. The crosscoder ---------------------------------------------------------------------------
 class Crosscoder(nn.Module):
     """A sparse dictionary over pairs of vectors, some latents confined to one model (Figure 1). The
-    forward pass needs no mask: confine() on the weights once, and on each gradient, is enough.
+    forward pass needs no mask: forbidden weights begin at zero, confine() keeps their gradients at
+    zero, and so Adam leaves them there.
 
-    [1] tied: a shared latent writes one row into both models. Untied, a difference between A and B
+    [a] tied: a shared latent writes one row into both models. Untied, a difference between A and B
     can hide in a shared latent; tied and n_b = 0, it has nowhere to go but the A-exclusive ones."""
 
     def __init__(self, d_model, n_latents, k, n_a=0, n_b=0, tied=False):
@@ -139,7 +140,8 @@ class Crosscoder(nn.Module):
         if tied:
             W_dec[shared] = W_dec[shared, :1]
 
-        # encoder [2]: a latent begins by reading what it writes, a shared one half of it from each
+        # encoder [b]: a latent begins by reading what it writes. A shared one reads both models:
+        # halved, its pre-activation is the mean of what each of them says
         W_enc = W_dec.permute(1, 2, 0).contiguous()
         W_enc[..., shared] /= 2
 
@@ -196,16 +198,16 @@ class Crosscoder(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, x_NMD):
-        """[3] Keep the training vectors' mean and root mean square: encode and decode speak raw
-        units. Published, both are lost between training and evaluation."""
+        """[c] Keep the training vectors' mean and root mean square, so that encode() takes and
+        decode() returns raw activations. Published, both are lost before the evaluation."""
         self.mean.copy_(x_NMD.float().mean(0))
         self.scale.copy_((x_NMD - self.mean).pow(2).mean((0, 2)).sqrt().clamp(min=1e-8))
 
     @torch.no_grad()
     def fair_start(self, x_BMD):
-        """[2] Give every partition's pre-activations the spread of the last one, as a rule the
-        shared. An exclusive latent reads one model where a shared one reads two; drawn as published
-        it is at first picked 9 to 28 times less often."""
+        """[b] Give every partition's pre-activations the spread of the last one: the shared, if
+        anything is shared. An exclusive latent reads one model where a shared one reads two; drawn
+        as published it is at first picked 9 to 28 times less often."""
         pre_BL = self.preactivate(self.normalise(x_BMD))
         parts = list(self.parts().values())
         spread = [pre_BL[:, part].std().clamp(min=1e-8) for part in parts]
@@ -220,7 +222,8 @@ def keep_largest(pre_BL, k):
 
 
 def decode_active(f_Bk, index_Bk, W_dec):
-    """(4) less b_dec, from the k active latents alone: what training uses -> zhat_BMD."""
+    """(4) less b_dec -> zhat_BMD. The same as decode_normalised(), but only the rows of the k
+    active latents are fetched and summed: L / k times less work."""
     zhat_BE = F.embedding_bag(
         index_Bk, W_dec.flatten(1), per_sample_weights=f_Bk.float(), mode="sum")
     return zhat_BE.unflatten(1, W_dec.shape[1:])
@@ -228,14 +231,15 @@ def decode_active(f_Bk, index_Bk, W_dec):
 
 # ---- 3. Losses and the training loop -------------------------------------------------------------
 def l1_penalty(mean_L, lambda_L, W_dec):
-    """(6), with mean_L the mean of f over the batch. [4] A sum, weighed by the length of what a
-    latent writes; lambda = 2e-5 makes it 1 to 10 % of the loss. Published, as a mean over all
-    latents, lambda = 1e-3 is 0.1 % of it, and f could be shrunk for free by longer rows."""
+    """(6), with mean_L the mean of f over the batch. [d] A sum over latents, each weighed by the
+    length of what it writes, or f could be shrunk for free by longer rows; lambda = 2e-5 makes it 1
+    to 10 % of the loss. The paper writes a sum, its code takes the mean over all latents, and then
+    lambda = 1e-3 is 0.1 % of the loss."""
     return (lambda_L * mean_L * W_dec.flatten(1).norm(dim=1)).sum()
 
 
 def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
-    """(7) [5] Revive dead latents: let them explain what the living leave over (AuxK, arXiv
+    """(7) [e] Revive dead latents: let them explain what the living leave over (AuxK, arXiv
     2406.04093 A.2):
 
         sum over partitions of  mean (z - zhat - sum_l f_l W_dec[l])^2
@@ -243,27 +247,37 @@ def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
 
     z - zhat is detached: the dead learn from the error and do not push the living. Partitions
     compete apart, or the many shared latents would win every place."""
-    models = {"A-exclusive": slice(0, 1), "B-exclusive": slice(1, 2), "shared": slice(0, 2)}
+    writes = {"A-exclusive": slice(0, 1), "B-exclusive": slice(1, 2), "shared": slice(0, 2)}
     some = 1 + len(z_BMD) // 4  # a quarter of the batch revives as well as all of it
     residual_BMD = (z_BMD - zhat_BMD).detach()[:some]
 
     total = z_BMD.new_zeros(())
     for name, part in cc.parts().items():
         dead = part.start + dead_L[part].nonzero()[:, 0]
-        if len(dead) == 0:
+        if not len(dead):
             continue
         f_Bk, place_Bk = keep_largest(pre_BL[:some, dead], min(len(dead), 2 * cc.k))
         guess_BMD = decode_active(f_Bk, dead[place_Bk], cc.W_dec)
-        total += (residual_BMD - guess_BMD)[:, models[name]].pow(2).mean()
+        total += (residual_BMD - guess_BMD)[:, writes[name]].pow(2).mean()
     return total
 
 
 def schedule(step, steps):
-    """[6] Factor of the learning rate: 5 % warm-up, linear to zero over the last 20 %. A constant
+    """[f] Factor of the learning rate: 5 % warm-up, linear to zero over the last 20 %. A constant
     rate leaves the noise of the last batches in the weights."""
     warm_up = (step + 1) / (.05 * steps)
     decay = (steps - step) / (.2 * steps)
     return min(1, warm_up, decay)
+
+
+def batches(n, batch, seed):
+    """Indices of one batch after another, for ever: every vector at most once an epoch, each epoch
+    in a new order; the last vectors of it, too few for a batch, are left out."""
+    rng = torch.Generator()
+    batch = min(batch, n)
+    for epoch in count():
+        order = torch.randperm(n, generator=rng.manual_seed(seed * 1_000_003 + epoch))
+        yield from order[:n - n % batch].split(batch)
 
 
 def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, seed=0, recipe="dfc",
@@ -293,9 +307,9 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
         f_Bk, index_Bk = keep_largest(pre_BL, cc.k)
         zhat_BMD = decode_active(f_Bk, index_Bk, cc.W_dec) + cc.b_dec
 
-        # which latents are active, and how much on average
-        share_Bk = f_Bk.float() / len(f_Bk)
-        mean_L = torch.zeros_like(lambda_L).index_add(0, index_Bk.flatten(), share_Bk.flatten())
+        # the mean of f over the batch; a latent with mean 0 was silent
+        f_over_B = (f_Bk.float() / len(f_Bk)).flatten()
+        mean_L = torch.zeros_like(lambda_L).index_add(0, index_Bk.flatten(), f_over_B)
         silent_L = torch.where(mean_L > 0, 0, silent_L + 1)
 
         # loss
@@ -311,14 +325,14 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
         # backward
         opt.zero_grad()
         terms.sum().backward()
-        cc.confine(cc.W_enc.grad, cc.W_dec.grad)  # where no gradient ever was, Adam does not step
+        cc.confine(cc.W_enc.grad, cc.W_dec.grad)  # tied rows: one gradient, so they stay equal
         nn.utils.clip_grad_norm_(cc.parameters(), 1.)
 
         # step
         if not published:
             opt.param_groups[0]["lr"] = lr * schedule(step, steps)
         opt.step()
-        if step >= int(.9 * steps):
+        if step >= .9 * steps:
             total += terms.detach()
 
     if not all(t.isfinite().all() for t in (total, *cc.parameters())):
@@ -337,8 +351,8 @@ def fve(x_BMD, xhat_BMD):
 # ---- 4. Activations ------------------------------------------------------------------------------
 def load_model(name, device):
     """(model, frozen; its tokenizer) of a folder or a hub name. On CUDA in the precision of its
-    file, for rounding could hide what RL changed; elsewhere fp32. Raises ValueError, also where
-    weights are missing, which the library would draw at random."""
+    file: rounding could hide what RL changed; elsewhere fp32. Raises ValueError, also where weights
+    are missing, which the library would draw at random."""
     dtype = "auto" if device == "cuda" else torch.float32
     with errors_about(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -392,7 +406,7 @@ def residual_stream(model, ids_BT, layer):
 
     with contextlib.suppress(DeepEnough), hooked(model, layer, take):
         model(input_ids=ids_BT, use_cache=False)
-    h_BTD, = found
+    h_BTD = found[0]
     if h_BTD.shape[:-1] != ids_BT.shape:
         raise ValueError(f"a block of {type(model).__name__} puts out {tuple(h_BTD.shape)}, which "
                          "is not (texts, tokens, width)")
@@ -444,7 +458,7 @@ def collect(model, tokenizer, texts, layer, longest=None):
 
 
 def collect_both(models, tokenizer, texts, layer):
-    """{"A": model, "B": model} -> x_NMD, both models' vectors for the same token ids, on their
+    """collect() of both models, {"A": model, "B": model}, for the same token ids -> x_NMD on their
     device. Raises ValueError."""
     longest = longest_text(*models.values())
     x = [collect(model, tokenizer, texts, layer, longest) for model in models.values()]
@@ -453,8 +467,8 @@ def collect_both(models, tokenizer, texts, layer):
 
 
 def collect_pair(name_a, name_b, texts, layer, cache, device):
-    """The same of two models by name -> x_NMD, fp16 on the CPU. Kept in the folder `cache`, so that
-    48 settings collect once. Raises ValueError."""
+    """collect_both() of two models by their names -> x_NMD, fp16 on the CPU. Kept in a file of the
+    folder `cache`, so that 48 settings collect once. Raises ValueError."""
     file = Path(cache) / f"{fingerprint(name_a, name_b, texts, layer, device)}.npy"
     if not file.exists():
         model_a, tokenizer = load_model(name_a, device)
@@ -470,37 +484,55 @@ TOOL_ROW = ("instruction", "input", "output")  # the texts that a row holds
 PLAIN_ROW = ("text",)
 
 
-def read_rows(name, fields, stream=False):
-    """Yields rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name"
-    or "owner/name:config"; stream: without a copy on the disk. A row in which one of the texts is
-    null is left out, and counted. Raises ValueError naming file and row, OSError."""
-    rows = open_rows(name, stream)
-    done = 0
-    left_out = 0
-    try:
-        for row in rows:
-            texts = [row[field] for field in fields]
-            if None in texts:
-                left_out += 1
-            else:
-                "".join(texts).encode()  # half a surrogate pair ends here
-                yield row
-            done += 1
-    except (LookupError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{name}, row {done + 1}, needs the texts {fields}: {e}") from e
-    if left_out:
-        print(f"{name}: {left_out} of {done} rows left out, a text is null", file=sys.stderr)
+def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", seed=0):
+    """(at most n tool texts, at most n plain texts) of a split of the rows. Raises ValueError where
+    there are none."""
+    rows = [row for row in read_rows(tool_file, TOOL_ROW) if split_of(row) == split]
+    if recipe == "paper":
+        tool_texts = tool_chunks(rows, tokenizer, n)
+    else:
+        tool_texts = tool_prompts(rows, tokenizer, n, seed)
+
+    # a BOS token, if the tokenizer puts one in front of text; chat templates bring their own
+    bos = tokenizer.decode(tokenizer("")["input_ids"])
+    plain_texts = [bos + piece for piece in plain_chunks(plain_file, tokenizer, split, n, cache)]
+    if not tool_texts or not plain_texts:
+        raise ValueError(f"{len(tool_texts)} tool and {len(plain_texts)} plain texts for {split}: "
+                         "too few")
+    return tool_texts, plain_texts
 
 
-def split_of(row):
-    """train | dev | test: the row's own "split", else by a hash of the row, 80 : 10 : 10. Raises
-    ValueError."""
-    text = json.dumps(row, sort_keys=True, default=str)
-    drawn = {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train")
-    split = row.get("split") or drawn
-    if split not in ("train", "dev", "test"):
-        raise ValueError(f"a split is train, dev or test, not {split!r} as in {text[:120]} ...")
-    return split
+def tool_prompts(rows, tokenizer, n, seed):
+    """n texts. [g] Half are whole prompts: they end where latents are ranked and patched, which no
+    text of the published mix does. Half go on into the answer, cut at a random blank. Rows serve
+    again where they are too few."""
+    dialogues = read_dialogues(rows, tokenizer)
+    texts = [prompt for prompt, _ in islice(cycle(dialogues), n // 2)]
+
+    rng = random.Random(seed)
+    for prompt, answer in islice(cycle(dialogues), n - len(texts)):
+        text = prompt + answer
+        blanks = [blank.start() for blank in re.finditer(r"\s", text)]
+        cut = rng.choice(blanks or [len(text)])
+        texts.append(text[:cut] or text)
+    return texts
+
+
+def tool_chunks(rows, tokenizer, n):
+    """The first n ends of chunks of prompts with their answers, as published."""
+    pieces = []
+    for prompt, answer in read_dialogues(rows, tokenizer):
+        pieces += chunks(f"{prompt}\n{answer}", tokenizer)
+    return pieces[:n]
+
+
+def read_dialogues(rows, tokenizer):
+    """[(a row's prompt, the rest of its right answer)]."""
+    dialogues = []
+    for row in rows:
+        prompt = prompt_of(row, tokenizer)
+        dialogues.append((prompt, row["output"].removeprefix(answer_prefix(prompt))))
+    return dialogues
 
 
 def prompt_of(row, tokenizer):
@@ -517,58 +549,6 @@ def prompt_of(row, tokenizer):
 def answer_prefix(prompt):
     """What the template has already said of the answer: the thought's tag, or nothing."""
     return "<think>" if prompt.rstrip().endswith("<think>") else ""
-
-
-def chunks(text, tokenizer, size=30):
-    """Pieces of `size` tokens or a little more that end where a sentence does (paper section 3,
-    data); a shorter rest is left out, unless it is all there is."""
-    pieces = []
-    piece = []
-    length = 0
-    for sentence in filter(str.strip, re.split(r"(?<=[.!?])\s+|\n+", text)):
-        piece.append(sentence)
-        length += len(token_ids(tokenizer, sentence))
-        if length >= size:
-            pieces.append(" ".join(piece))
-            piece = []
-            length = 0
-
-    if piece and not pieces:
-        pieces.append(" ".join(piece))
-    return pieces
-
-
-def read_dialogues(rows, tokenizer):
-    """[(a row's prompt, the rest of its right answer)]."""
-    dialogues = []
-    for row in rows:
-        prompt = prompt_of(row, tokenizer)
-        dialogues.append((prompt, row["output"].removeprefix(answer_prefix(prompt))))
-    return dialogues
-
-
-def tool_chunks(rows, tokenizer, n):
-    """The first n ends of chunks of prompts with their answers, as published."""
-    pieces = []
-    for prompt, answer in read_dialogues(rows, tokenizer):
-        pieces += chunks(f"{prompt}\n{answer}", tokenizer)
-    return pieces[:n]
-
-
-def tool_prompts(rows, tokenizer, n, seed):
-    """n texts. [7] Half are whole prompts: they end where latents are ranked and patched, which no
-    text of the published mix does. Half go on into the answer, cut at a random blank. Rows serve
-    again where they are too few."""
-    dialogues = read_dialogues(rows, tokenizer)
-    texts = [prompt for prompt, _ in islice(cycle(dialogues), n // 2)]
-
-    rng = random.Random(seed)
-    for prompt, answer in islice(cycle(dialogues), n - len(texts)):
-        text = prompt + answer
-        blanks = [blank.start() for blank in re.finditer(r"\s", text)]
-        cut = rng.choice(blanks or [len(text)])
-        texts.append(text[:cut] or text)
-    return texts
 
 
 def plain_chunks(name, tokenizer, split, n, cache):
@@ -591,22 +571,56 @@ def plain_chunks(name, tokenizer, split, n, cache):
     return pieces
 
 
-def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", seed=0):
-    """(at most n tool texts, at most n plain texts) of a split of the rows. Raises ValueError where
-    there are none."""
-    rows = [row for row in read_rows(tool_file, TOOL_ROW) if split_of(row) == split]
-    if recipe == "paper":
-        tool_texts = tool_chunks(rows, tokenizer, n)
-    else:
-        tool_texts = tool_prompts(rows, tokenizer, n, seed)
+def chunks(text, tokenizer, size=30):
+    """Pieces of `size` tokens or a little more that end where a sentence does (paper section 3,
+    data); a shorter rest is left out, unless it is all there is."""
+    pieces = []
+    piece = []
+    length = 0
+    for sentence in filter(str.strip, re.split(r"(?<=[.!?])\s+|\n+", text)):
+        piece.append(sentence)
+        length += len(token_ids(tokenizer, sentence))
+        if length >= size:
+            pieces.append(" ".join(piece))
+            piece = []
+            length = 0
 
-    # in front of plain text, what the tokenizer puts there, if anything; templates bring their own
-    bos = tokenizer.decode(tokenizer("")["input_ids"])
-    plain_texts = [bos + piece for piece in plain_chunks(plain_file, tokenizer, split, n, cache)]
-    if not tool_texts or not plain_texts:
-        raise ValueError(f"{len(tool_texts)} tool and {len(plain_texts)} plain texts for {split}: "
-                         "too few")
-    return tool_texts, plain_texts
+    if piece and not pieces:
+        pieces.append(" ".join(piece))
+    return pieces
+
+
+def read_rows(name, fields, stream=False):
+    """Yields rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name"
+    or "owner/name:config"; stream: without a copy on the disk. A row in which one of the texts is
+    null is left out, and counted. Raises ValueError naming file and row, OSError."""
+    rows = open_rows(name, stream)
+    done = 0
+    left_out = 0
+    try:
+        for row in rows:
+            texts = [row[field] for field in fields]
+            if None in texts:
+                left_out += 1
+            else:
+                "".join(texts).encode()  # raises on what is not valid Unicode
+                yield row
+            done += 1
+    except (LookupError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{name}, row {done + 1}, needs the texts {fields}: {e}") from e
+    if left_out:
+        print(f"{name}: {left_out} of {done} rows left out, a text is null", file=sys.stderr)
+
+
+def split_of(row):
+    """train | dev | test: the row's own "split", else by a hash of the row, 80 : 10 : 10. Raises
+    ValueError."""
+    text = json.dumps(row, sort_keys=True, default=str)
+    drawn = {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train")
+    split = row.get("split") or drawn
+    if split not in ("train", "dev", "test"):
+        raise ValueError(f"a split is train, dev or test, not {split!r} as in {text[:120]} ...")
+    return split
 
 
 # ---- 6. Save, load, the program ------------------------------------------------------------------
@@ -650,12 +664,12 @@ def parse_args(argv=None):
     if s.recipe == "paper" and "excl_b" not in asked:
         s.excl_b = s.excl
     if s.n_a + s.n_b == 0:
-        s.tie_shared = False  # [1] with nothing exclusive A and B could not differ
+        s.tie_shared = False  # [a] with nothing exclusive A and B could not differ
     if not s.out:  # named by all that was asked for
         s.out = f"runs/{s.preset}"
-        for name, value in asked.items():
-            if name != "preset":
-                s.out += f"-{name}{Path(str(value)).name}"
+        for f in fields(Settings)[1:]:
+            if f.name in asked:
+                s.out += f"-{f.name}{Path(str(asked[f.name])).name}"
 
     if min(s.n_texts, s.steps, s.batch) < 1 or not 0 <= s.seed < 2 ** 31:
         raise ValueError("--n-texts, --steps, --batch must be 1 or more, --seed from 0 to 2^31")
@@ -672,7 +686,7 @@ def train_run(s, device):
     tool_texts, plain_texts = load_texts(
         s.tool_texts, s.plain_texts, tokenizer, "train", s.n_texts, cache, s.recipe, s.seed)
     tool_dev, plain_dev = load_texts(s.tool_texts, s.plain_texts, tokenizer, "dev", 300, cache)
-    x_NMD, dev_NMD = (
+    x_NMD, dev_NMD = (  # training vectors, dev vectors
         collect_pair(s.model_a, s.model_b, texts, s.layer, cache, device).to(device)
         for texts in (tool_texts + plain_texts, tool_dev + plain_dev))
     collected = time.time()
@@ -681,7 +695,7 @@ def train_run(s, device):
     torch.manual_seed(s.seed)
     cc = Crosscoder(x_NMD.shape[2], s.dict, s.k, s.n_a, s.n_b, s.tie_shared).to(device)
     cc.fit_scale(x_NMD)
-    if s.recipe == "paper":  # encoder and decoder drawn independently
+    if s.recipe == "paper":  # an encoder drawn for itself, with the spread of ours
         cc.W_enc.data.normal_(std=cc.W_enc.std().item())
     else:
         cc.fair_start(x_NMD[next(batches(len(x_NMD), 4096, s.seed))])
@@ -695,7 +709,7 @@ def train_run(s, device):
         "config": asdict(s),
         "device": device,
         "bf16": bf16_pays(x_NMD.device, s.dict),
-        "versions": {lib.__name__: lib.__version__ for lib in (torch, np, transformers)},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     with atomically(Path(s.out)) as folder:
         save(cc, folder)
@@ -738,10 +752,9 @@ def main(argv=None):
 # ---- 7. Plumbing: what a reader of the method may skip -------------------------------------------
 def latents_in(share, n_latents):
     """share * n_latents, rounded down as in the paper. Raises ValueError where it is below one."""
-    n = int(share * n_latents + 1e-6)  # .29 * 100 is 28.999999999999996
-    if share > 0 and n == 0:
-        raise ValueError(f"a share of {share:g} of {n_latents} latents is not one latent")
-    return n
+    if not 0 <= share <= 1 or 0 < share * n_latents < 1:
+        raise ValueError(f"a share of {share:g} of {n_latents} latents: 0, or one latent to all")
+    return int(share * n_latents + 1e-6)  # .29 * 100 is 28.999999999999996
 
 
 def bf16_pays(device, n_latents):
@@ -751,16 +764,6 @@ def bf16_pays(device, n_latents):
         known = getattr(torch.cpu, "get_capabilities", dict)()  # old torch does not tell
         return n_latents >= 4096 and bool(known.get("avx512_bf16"))
     return device.type == "cuda"
-
-
-def batches(n, batch, seed):
-    """Indices of one batch after another, for ever: every vector at most once an epoch, each epoch
-    in a new order; the last vectors of it, too few for a batch, are left out."""
-    rng = torch.Generator()
-    batch = min(batch, n)
-    for epoch in count():
-        order = torch.randperm(n, generator=rng.manual_seed(seed * 1_000_003 + epoch))
-        yield from order[:n - n % batch].split(batch)
 
 
 @contextlib.contextmanager
@@ -849,7 +852,7 @@ def cli(main, argv=None):
         while cause.__cause__:  # what the hub answered, below what libraries made of it
             cause = cause.__cause__
         said = f"{e}" if str(cause) in str(e) else f"{e} ({cause})"
-        said = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", said)  # a signed address is a key
+        said = re.sub(r"(https?://[^\s?]+)\?[^\s)]+", r"\1", said)  # a signed address is a key
         print(f"{Path(sys.argv[0]).name}: {' '.join(said.split())[:400]}", file=sys.stderr)
         return 2
 

@@ -10,9 +10,8 @@ by what the reconstruction has to beat.
 
 Scores, each a pure function of text:
 
-    exact          the multiset of calls equals the gold one (names, keys, values; 3 is 3.0 and
-                   not "3"); where no call is wanted, a non-empty response and no call. The
-                   headline.
+    exact          the headline: the multiset of calls equals the gold one (names, keys, values;
+                   3 is 3.0 and not "3"). Where no call is wanted: a non-empty response, no call
     name, called   the multiset of names equals the gold one; any well-formed call at all
     false_call     called, where no call is wanted
     toolrl         ToolRL's reward (arXiv 2504.13958): format {0, 1} + correctness [-3, 3]
@@ -81,7 +80,7 @@ class Parsed(NamedTuple):
     """The calls of an answer."""
 
     calls: list  # of (name, its parameters as canonical JSON)
-    tidy: bool   # every block is closed and holds calls and nothing else
+    tidy: bool   # every block is closed and holds calls alone: exact asks for it, called does not
 
     @property
     def names(self):
@@ -139,14 +138,16 @@ def as_number(text):
 
 
 def parameters_of(call):
-    """A call's parameters as canonical JSON: equal texts are equal values. As OpenAI's format has
-    it, they may be JSON in a text; where there are none, "" or null."""
+    """A call's parameters as canonical JSON: equal texts are equal values. In OpenAI's format they
+    may be JSON in a text, and "" or null where there are none."""
     values = call["parameters"] if "parameters" in call else call["arguments"]
+    if values is None or values == "":
+        values = {}
     if isinstance(values, str):
-        values = json.loads(values or "{}", parse_float=as_number)
-    if not isinstance(values or {}, dict):
+        values = json.loads(values, parse_float=as_number)
+    if not isinstance(values, dict):
         raise TypeError("parameters have names")
-    return json.dumps(values or {}, sort_keys=True)
+    return json.dumps(values, sort_keys=True)
 
 
 def needs_tool(row):
@@ -157,9 +158,12 @@ def needs_tool(row):
 def responds(output, gold):
     """A non-empty <response>; plain text where the gold has no such tag."""
     answer = after_thought(output)
-    inside, end_tag, _ = answer.partition("<response>")[2].partition("</response>")
-    if end_tag or "<response>" in gold:
-        return end_tag != "" and inside.strip() != ""
+    _, tag, rest = answer.partition("<response>")
+    inside, end_tag, _ = rest.partition("</response>")
+    if tag and end_tag:
+        return inside.strip() != ""
+    if "<response>" in gold:
+        return False
     return answer.strip() != ""
 
 
@@ -177,11 +181,15 @@ def toolrl_format(output, gold):
 
 
 def toolrl_correctness(output, gold):
-    """ToolRL's [-3, 3]: 6 (J(names) + sum of matches) / (1 + sum over gold calls (1 + keys)) - 3.
+    """ToolRL's reward of the calls, as its code has it:
 
-    Each gold call in turn is matched with the best remaining call of its name. 0 where the gold has
-    no call. -3 where a line of the first block is no call, and where the output holds no closing
-    tag, wherever it stands; parameters count only in calls whose name is a gold one's."""
+        the gold has no call                           0
+        no </tool_call> anywhere in the output        -3
+        a line of the first block is no JSON          -3
+        a call with a gold name lacks "parameters"    -3
+        else     6 (J(names) + sum of matches) / (1 + sum over gold calls (1 + keys)) - 3
+
+    J is the Jaccard index; each gold call in turn takes the best call that is left."""
     if "<tool_call>" not in gold:
         return 0.
     if "</tool_call>" not in output:
@@ -199,7 +207,7 @@ def toolrl_correctness(output, gold):
         for gold_call in wanted:
             matches = [match(call, gold_call) for call in found]
             best = max(matches, default=0.)
-            if best > 0:
+            if best > 0:  # what is taken serves no other gold call
                 found.pop(matches.index(best))
             total += best
             highest += 1 + len(gold_call["parameters"])
@@ -255,7 +263,7 @@ def score(output, row):
     correct = toolrl_correctness(output, gold)
 
     # the paper's rubric
-    tools = [tool.lower() for tool in tool_names(row.get("instruction") or "")]
+    tools = [tool.lower() for tool in tool_names(str(row.get("instruction") or ""))]
     named = re.findall(r'"name"\s*:\s*"([^"]*)"', output.lower())
     first = named[0] if named else ""
     paper_format = int("<tool_call>" in output and bool(named))
@@ -276,7 +284,6 @@ def score(output, row):
 
 
 # ---- 2. Totals, chance, intervals ----------------------------------------------------------------
-CALL_LIKE = r"\[TOOL_CALLS\]|<\|python_tag\|>|\"name\"\s*:"  # calls in other forms
 REWARDS = ("toolrl", "toolrl_correctness", "paper_overall")  # all other scores are 0 or 1
 
 
@@ -347,12 +354,12 @@ def empty_call(name):
 # ---- 3. Generate: greedy, batched, patched -------------------------------------------------------
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1.,), v_VND=None, at_once=40_000):
-    """Greedy answers, each prompt V times -> [V][N] texts.
+    """Greedy answers, each prompt in V versions -> [V][N] texts. (Paper section 4.)
 
     In version v the output h of block `layer` at prompt n's last token becomes keep_V[v] h +
     v_VND[v, n], once: keep 1 adds, keep 0 replaces, the default changes nothing and is "clean". A
     patch there leaves the keys and values before it as they are: they are computed once for all
-    versions. at_once bounds the tokens in flight. (Paper section 4.)"""
+    versions. at_once bounds the tokens in flight."""
     ids = token_ids(tokenizer, prompts)
     keep_V = torch.tensor(keep_V, dtype=model.dtype, device=model.device)
     if v_VND is None:
@@ -364,25 +371,29 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1.,), v_VND=No
 
     answers = [[None] * len(prompts) for _ in keep_V]
     bar = tqdm(total=len(keep_V) * len(prompts), desc="answers", leave=False, disable=None)
-    for batch in batches_by_length(ids, at_once // 4):
+    for batch in batches_by_length(ids, at_once // 4):  # so small that some versions fit together
         # 2. pad on the left, so that all prompts end at the same place
         ids_BT, mask_BT = pad_left([ids[n] for n in batch], model.device)
 
         # 3. one prefill for all versions, of everything but the last token
         cache = prefill(model, ids_BT[:, :-1], mask_BT[:, :-1])
 
-        # 4. answer, as many versions at a time as fit: the batch in one version, then in the next
+        # 4. answer, as many versions together as fit
         fit = max(1, at_once // (len(batch) * (ids_BT.shape[1] + max_new)))
         for versions in torch.arange(len(keep_V)).split(fit):
+            # rows of 3 versions of 2 prompts: version 0 0 1 1 2 2, place in the batch 0 1 0 1 0 1
             version_R = versions.repeat_interleave(len(batch))
             place_R = torch.arange(len(batch)).repeat(len(versions))
             prompt_R = torch.tensor(batch)[place_R]
+
+            keep_R11 = keep_V[version_R, None, None]
+            v_R1D = v_VND[version_R, prompt_R][:, None]
+            patch = functools.partial(scale_and_add, keep_R11, v_R1D)
             own_cache = copy.deepcopy(cache)
-            own_cache.reorder_cache(place_R.to(model.device))
-            patch = functools.partial(
-                scale_and_add, keep_V[version_R, None, None], v_VND[version_R, prompt_R][:, None])
+            own_cache.reorder_cache(place_R.to(model.device))  # an index_select: it repeats rows
             said = decode_greedily(model, ids_BT[place_R, -1:], mask_BT[place_R], own_cache,
                                    max_new, ends, layer, patch)
+
             for v, n, tokens in zip(version_R.tolist(), prompt_R.tolist(), said):
                 answers[v][n] = answer_prefix(prompts[n]) + tokenizer.decode(tokens)
             bar.update(len(said))
@@ -414,7 +425,8 @@ def pad_left(ids, device):
 
 
 def prefill(model, ids_BT, mask_BT):
-    """The cache of keys and values after these tokens; empty where there are none."""
+    """The cache of keys and values after these tokens; empty where there are none. The base model
+    is the model without its vocabulary head: no logits are wanted."""
     cache = DynamicCache(config=model.config)
     if ids_BT.shape[1] > 0:
         position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
@@ -428,13 +440,14 @@ def decode_greedily(model, next_R1, mask_RT, cache, max_new, ends, layer, patch)
     these alone, in the first pass, patch() edits the output of block `layer`. mask_RT covers them
     and what is in the cache. (model.generate would follow the sampling, penalties and least lengths
     that a model's file may ask for.)"""
+    keep_cache = {cache_argument(model): cache, "use_cache": True}
     answers = [[] for _ in next_R1]
     active = list(range(len(answers)))
     for step in range(max_new):
-        with hooked(model, layer, patch) if step == 0 else contextlib.nullcontext():
-            out = model(input_ids=next_R1, attention_mask=mask_RT, use_cache=True,
-                        position_ids=mask_RT.sum(1, keepdim=True) - 1,
-                        **{cache_argument(model): cache})
+        first = step == 0
+        with hooked(model, layer, patch) if first else contextlib.nullcontext():
+            out = model(input_ids=next_R1, attention_mask=mask_RT,
+                        position_ids=mask_RT.sum(1, keepdim=True) - 1, **keep_cache)
         next_R = out.logits[:, -1].argmax(-1)
 
         # an answer that ends leaves the batch
@@ -459,11 +472,13 @@ def scale_and_add(keep, v, h):
     return keep * h + v
 
 
-@functools.cache
 def cache_argument(model):
-    """What this version of transformers calls the cache: it was renamed within version 5."""
-    names = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
+    """What this version of transformers calls the cache: it was renamed within version 5. Raises
+    ValueError for a model that keeps none."""
+    for name in ("cache", "past_key_values"):
+        if name in inspect.signature(model.forward).parameters:
+            return name
+    raise ValueError(f"{type(model).__name__} keeps no cache of what it has read")
 
 
 # ---- 4. Reconstruction, and what it has to beat --------------------------------------------------
@@ -471,11 +486,10 @@ def cache_argument(model):
 def reconstructions(cc, x_NMD, raw=False):
     """{"A": {version: what takes the place of its own activation, (N, D)}, "B": ...}.
 
-    The pair is encoded together. Into both: the activation itself (nothing may change), the
+    The pair is encoded together. Into both models: the activation itself (nothing may change), the
     reconstruction, its parts (one partition's latents; none of them, "mean only"), the activation
-    with noise as long as the reconstruction's error. Into B also the reconstruction with A's vector
-    replaced by its mean or another prompt's: B's latents were encoded from A's state too, so what
-    changes then came in from A. raw: as published, without mean and scale ([3] in dfc.py)."""
+    with noise as long as the reconstruction's error. raw: also as published, without mean and scale
+    ([c] in dfc.py). Into B also what beside_another_a() gives."""
     x_NMD = x_NMD.float()
     xhat_NMD, f_NL = cc(x_NMD)
     both = {"own activation": x_NMD, "reconstruction": xhat_NMD}
@@ -501,15 +515,22 @@ def reconstructions(cc, x_NMD, raw=False):
         published.scale.fill_(1)
         both["reconstruction, raw"] = published(x_NMD)[0]
 
-    # B's reconstruction, encoded beside another vector of A
     into_a = {name: v_NMD[:, 0] for name, v_NMD in both.items()}
     into_b = {name: v_NMD[:, 1] for name, v_NMD in both.items()}
-    others = {"mean A": x_NMD[:, 0].mean(0).expand_as(x_NMD[:, 0]),
-              "another's A": x_NMD[:, 0].roll(1, 0)}
-    for name, a_ND in others.items():
-        xhat_NMD, _ = cc(torch.stack([a_ND, x_NMD[:, 1]], 1))
-        into_b[f"reconstruction, {name}"] = xhat_NMD[:, 1]
-    return {"A": into_a, "B": into_b}
+    return {"A": into_a, "B": {**into_b, **beside_another_a(cc, x_NMD)}}
+
+
+def beside_another_a(cc, x_NMD):
+    """B's reconstruction when A's vector is not the prompt's own, but the mean or another prompt's.
+    Latents are encoded from A and B together: if B calls tools with its reconstruction and not with
+    these, the calls came in from A's vector."""
+    a_ND, b_ND = x_NMD.unbind(1)
+    others = {"mean A": a_ND.mean(0).expand_as(a_ND), "another's A": a_ND.roll(1, 0)}
+    out = {}
+    for name, other_ND in others.items():
+        xhat_NMD, _ = cc(torch.stack([other_ND, b_ND], 1))
+        out[f"reconstruction, {name}"] = xhat_NMD[:, 1]
+    return out
 
 
 # ---- 5. Opening a run ----------------------------------------------------------------------------
@@ -530,8 +551,8 @@ class Run:
 
 
 def open_run(folder=None, get=load_model):
-    """The run in a folder of dfc.py, by default the newest in runs/. get: load_model, or one that
-    remembers. Raises ValueError."""
+    """The run in a folder of dfc.py, by default the newest in runs/. get: load_model, or a cached
+    one, where several runs share their models. Raises ValueError."""
     if not folder:
         done = Path("runs").glob("*/model.safetensors")
         newest = max(done, key=lambda file: file.stat().st_ctime, default=None)
@@ -557,7 +578,8 @@ def describe(rows):
     """How many rows need a tool. Raises ValueError where none seems to, but gold answers look like
     calls in another form."""
     needs = sum(map(needs_tool, rows))
-    other = [row["output"] for row in rows if re.search(CALL_LIKE, after_thought(row["output"]))]
+    call_like = r'\[TOOL_CALLS\]|<\|python_tag\|>|"name"\s*:'
+    other = [row["output"] for row in rows if re.search(call_like, after_thought(row["output"]))]
     if needs == 0 and other:
         raise ValueError(f"no gold answer calls a tool between <tool_call> tags, but: {other[0]}")
     return f"{needs} of {len(rows)} need a tool"
@@ -586,7 +608,8 @@ def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat
     if left_out:
         print(f"{left_out} {split} rows left out: longer than the model's positions, or gold "
               "unreadable")
-    if describe(rows).startswith("0 "):
+    describe(rows)
+    if not any(map(needs_tool, rows)):
         raise ValueError(f"no {split} row of {tool_file} that can be used needs a tool")
     return rows, prompts
 
@@ -595,7 +618,7 @@ def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat
 def print_totals(lines):
     """{line: totals [with "change": {pp, lo, hi}]} as a table, both kinds of rows apart."""
     print(f"{'':28s}rows that need a tool:{'':29s}rows that do not:")
-    print(f"{'':28s}exact %  change, 95 %{'':10s}called %  toolrl  paper %    exact %  "
+    print(f"{'':28s}exact %  change, 95 %{'':10s}called %  toolrl  paper_tool exact %  "
           "false calls %")
     for name, total in lines.items():
         left = right = change = ""
@@ -662,9 +685,9 @@ def compare_with_clean(texts, rows):
 
 
 def headline(name, total):
-    """A closing line: exact calls with their interval and n."""
+    """A closing line: exact calls on all rows, with their interval and n."""
     share = "{pct:.1f} % (95 % {lo:.1f} to {hi:.1f})".format(**total["exact"])
-    return f"{name}: exact on {share} of {total['n']} rows"
+    return f"{name}: exact on {share} of all {total['n']} rows"
 
 
 def score_file(name):

@@ -1,8 +1,14 @@
 """One latent up, down and into the base: does it carry what reinforcement learning added?
 
 Take the A-exclusive latent that best separates prompts that need a tool from prompts in the same
-template that do not (on dev rows), and change it at the prompt's last token, where the answer
-begins (on test rows). S are the latents that are changed, one or several:
+template that do not. Change it at the prompt's last token, where the answer begins. Count the exact
+calls. A line of what is printed, shortened:
+
+                        exact calls, %                 changes by controls       less the strongest
+                        clean  change, 95 %    random  latents  A - B  needs - none   of them
+    taken away from A      91  -88 [-94, -80]   -2..1   -11..1     -9      -90     +2 [0, +6]
+
+What is done. S are the latents that are changed, one or several:
 
     written_n = sum_{l in S} f_nl W_dec[l, A] scale_A        (8) what S writes into A at prompt n
     delta_n   = (alpha - 1) written_n                        (9) added to A
@@ -13,25 +19,26 @@ begins (on test rows). S are the latents that are changed, one or several:
              prompts that need a tool
     as in A  c times (8) added to B: on each prompt as strong as in A, so B is given A's decision
 
-alpha and c are chosen on dev rows: the smallest that is about as good as the best.
+What it is compared with. Many directions move a hesitating model, so each change stands beside
+controls, pushes that are as long on each prompt:
 
-An effect alone shows little, for many directions of that length move a hesitating model. So each
-stands beside controls, as long on each prompt, along other directions: 10 random ones; the other
-live latents of the same partition that separate best; and two differences of means, for which no
-dictionary is needed, A - B on prompts that need a tool and, in A, needs - none between the kinds of
-prompt. The last is also added to B as one would use it without a dictionary: the same to all
-prompts, or as long as A's own vector reaches along it, with strengths of their own.
+    random        along 10 random directions
+    latents       along other live latents of the same partition, those that separate best
+    A - B         along the difference of the models' means on prompts that need a tool
+    needs - none  along the difference of A's means between the two kinds of prompt
 
-The verdict is computed from exact calls alone, with the margin: the effect less the strongest
-control's, on the same prompts.
+The last needs no dictionary. It is also tried as one would use it: "constant", the same push for
+all prompts, and "A along", on each prompt as far as A's own vector reaches in that direction.
+
+The verdict rests on exact calls and their margin, the effect less the strongest control's:
 
     no                    the 95 % interval of the effect, or of its margin over random directions,
                           reaches 0
-    beyond random         neither does
-    beyond every control  nor do the margins over other latents and both differences of means
+    beyond random         both intervals lie beyond 0
+    beyond every control  the margins over the three other kinds of control lie beyond 0, too
 
-Beside it stand the false calls, tool calls on prompts that need none: a push that always makes the
-model call has many exact calls, too.
+It is blind for false calls, tool calls on prompts that need none: they stand beside it. The latent,
+alpha and c are chosen on dev rows, everything is reported on test rows.
 
     python steer.py                          # the newest run of dfc.py: two minutes
     python steer.py --thorough               # more controls, every token, plain text: four minutes
@@ -40,8 +47,8 @@ model call has many exact calls, too.
 Shapes as in dfc.py: N prompts, P, Q two sets of them, M = 2 models, D width, L latents, S the
 chosen latents, V versions of each answer, U directions, R answers in flight, T tokens.
 Where we leave the paper: the controls; dev and test rows apart; prompts that hold the question; the
-ranking by prompts in the same template (in ranking.csv also tool texts against plain text, as in
-the paper). B-exclusive latents are not steered: by the mask they write nothing into A.
+ranking by prompts in the same template (in ranking.csv also tool texts against plain text, as the
+paper ranks). B-exclusive latents are not steered: by the mask they write nothing into A.
 """
 
 import argparse
@@ -100,33 +107,6 @@ def auroc(f_PL, f_QL):
     return torch.stack(values)
 
 
-def exclusivity(cc, x_NMD, f_NL):
-    """(nu_error_L, nu_recon_L): is what a latent writes into A in B's activations too?
-
-    Latent Scaling (arXiv 2504.02922): how much of the latent's A row d is in a model's y?
-
-        beta_m(y) = sum_n <f_n d, y_nm> / sum_n |f_n d|^2           nu = beta_B / beta_A
-        nu_recon:   y = zhat less its mean over prompts (theirs: zhat)
-        nu_error:   y = z - zhat, and what this latent itself put into zhat
-
-    Both are 0 for what only A has and 1 for what both have alike; there |nu_error| < .2 and
-    |nu_recon| < .5 count as A's own. In normalised units, for in raw ones nu carries scale_B /
-    scale_A. A beta is negative where other latents write the opposite; inf is 0 / 0."""
-    zhat_NMD = cc.decode_normalised(f_NL)
-    error_NMD = cc.normalise(x_NMD) - zhat_NMD
-    d_LD = cc.W_dec[:, 0]
-
-    def beta(y_NMD):  # times |f d|^2, which cancels in nu
-        return torch.einsum("nmd,ld,nl->lm", y_NMD, d_LD, f_NL)
-
-    put_LM = f_NL.pow(2).sum(0)[:, None] * (cc.W_dec * d_LD[:, None]).sum(2)
-    error_LM = beta(error_NMD) + put_LM
-    recon_LM = beta(zhat_NMD - zhat_NMD.mean(0))
-    nu_error_L, nu_recon_L = (b_LM[:, 1] / b_LM[:, 0] for b_LM in (error_LM, recon_LM))
-    inf = float("inf")
-    return nu_error_L.nan_to_num(inf, inf, -inf), nu_recon_L.nan_to_num(inf, inf, -inf)
-
-
 def rank_latents(cc, x, f):
     """A row for each latent that is larger on the first set of a contrast, best separated first.
     x: {"needs", "none", "tool", "plain": x_NMD}; f: what they encode to. Names are those of the
@@ -151,12 +131,13 @@ def rank_latents(cc, x, f):
         }
 
         for latent in columns["cohens_d"].argsort(descending=True).tolist():
+            if columns["cohens_d"][latent] <= 0:
+                break
             row = {"contrast": f"{first}/{second}", "partition": partition_of(cc, latent),
                    "feature_idx": latent}
             for name, value_L in columns.items():
                 row[name] = value_L[latent].item()
-            if row["cohens_d"] > 0:
-                rows.append(row)
+            rows.append(row)
     return rows
 
 
@@ -207,7 +188,7 @@ def survey_latents(run):
     if not 1 < n_needs < len(dev.rows) - 1:
         raise ValueError("among dev rows two must need a tool and two must not")
 
-    # the two contrasts: within the template, and as in the paper
+    # two contrasts: prompts in the same template, and tool texts against plain text
     tool_texts, plain_texts = load_texts(
         s.tool_texts, s.plain_texts, run.tokenizer, "dev", 300, run.folder.parent / "cache")
     x = {
@@ -249,6 +230,35 @@ def choose_latents(cc, ranking, asked=None):
     return latents
 
 
+def exclusivity(cc, x_NMD, f_NL):
+    """(nu_error_L, nu_recon_L): is what a latent writes into A in B's activations too? (In the
+    ranking for information; no verdict uses it.)
+
+    Latent Scaling (arXiv 2504.02922): how much of the latent's A row d is in a model's y?
+
+        beta_m(y) = sum_n <f_n d, y_nm> / sum_n |f_n d|^2           nu = beta_B / beta_A
+        nu_recon:   y = zhat less its mean over prompts (theirs: zhat as it is)
+        nu_error:   y = z - zhat + f_n W_dec[l, m], the error without this latent
+
+    Both are 0 for what only A has and 1 for what both have alike; |nu_error| < .2 and |nu_recon| <
+    .5 count as A's own. In normalised units, for in raw ones nu carries scale_B / scale_A. A beta
+    is negative where other latents write the opposite; 1e9 stands for a division by zero."""
+    zhat_NMD = cc.decode_normalised(f_NL)
+    error_NMD = cc.normalise(x_NMD) - zhat_NMD
+    d_LD = cc.W_dec[:, 0]
+
+    def beta(y_NMD):  # times sum |f d|^2, which cancels in nu
+        return torch.einsum("nmd,ld,nl->lm", y_NMD, d_LD, f_NL)
+
+    # sum_n <f_n d, f_n W_dec[l, m]> = sum_n f_n^2 <d, W_dec[l, m]>
+    own_LM = f_NL.pow(2).sum(0)[:, None] * (cc.W_dec * d_LD[:, None]).sum(2)
+    error_LM = beta(error_NMD) + own_LM
+    recon_LM = beta(zhat_NMD - zhat_NMD.mean(0))
+
+    nu_error_L, nu_recon_L = (b_LM[:, 1] / b_LM[:, 0] for b_LM in (error_LM, recon_LM))
+    return nu_error_L.nan_to_num(1e9, 1e9, -1e9), nu_recon_L.nan_to_num(1e9, 1e9, -1e9)
+
+
 # ---- 2. What is added ----------------------------------------------------------------------------
 def written(cc, f_NL, latents):
     """(8) What latents write into A -> (N, D), in raw units."""
@@ -261,9 +271,9 @@ def delta(cc, f_NL, latents, alpha):
 
 
 def take_away(cc, latents, along_D=None):
-    """An edit for hooked(): subtract at every token what exclusive latents of A write there. Which
-    survive the top k, A alone cannot tell: all are taken to. along_D: as long, along this direction
-    instead."""
+    """An edit for hooked(): subtract at every token what exclusive latents of A write there. We
+    assume that all survive the top k, which A alone cannot tell. along_D: as long, along this
+    direction instead."""
     def edit(h_RTD):
         z_RTD = (h_RTD.float() - cc.mean[0]) / cc.scale[0]
         f_RTS = torch.relu(z_RTD @ cc.W_enc[0][:, latents] + cc.b_enc[latents])
@@ -285,7 +295,7 @@ def control_units(cc, survey, latents, most_latents):
     ones of the partition, at most most_latents, those that separate best."""
     part = cc.parts()[partition_of(cc, latents[0])]
     f_NL = survey.dev.f_NL
-    d_L = cohens_d(f_NL[survey.dev.needs_N], f_NL[~survey.dev.needs_N])
+    d_L = cohens_d(f_NL[survey.dev.needs_N], f_NL[~survey.dev.needs_N])  # also of negative ones
     others = []
     for latent in d_L.argsort(descending=True).tolist():
         if part.start <= latent < part.stop and survey.live_L[latent] and latent not in latents:
@@ -351,7 +361,7 @@ class Intervention(NamedTuple):
     text: str            # what is done, in words
     v_ND: torch.Tensor   # what is added
     controls: dict       # {name: (U, N, D)}: what is added instead; {}: it is a control itself
-    hoped: int = 1       # -1: calls should fall, +1: rise
+    sign: int = 1        # -1: calls should fall, +1: rise
 
 
 def best_strength(run, m, prompts, unit_ND, strengths):
@@ -370,50 +380,65 @@ def best_strength(run, m, prompts, unit_ND, strengths):
     return min(c for c, g in zip(strengths, gain) if g >= max(gain) - error)
 
 
-def with_controls(kind, model, text, v_ND, units, hoped=1):
+def with_controls(kind, model, text, v_ND, units, sign=1):
     """An intervention beside pushes as long. Where a latent is taken away, so are the controls:
     hence the sign."""
     controls = as_long_as(v_ND, units)
-    controls = {name: hoped * v_UND for name, v_UND in controls.items()}
-    return Intervention(kind, model, text, v_ND, controls, hoped)
+    controls = {name: sign * v_UND for name, v_UND in controls.items()}
+    return Intervention(kind, model, text, v_ND, controls, sign)
 
 
-def list_interventions(run, survey, latents, dev, test, units):
+class Strengths(NamedTuple):
+    """How strong, chosen on dev prompts."""
+
+    alpha: float     # of up
+    copy: float      # c, of "as in A"
+    constant: float  # of needs - none, the same for all prompts
+    along: float     # of needs - none, as far as A reaches along it
+
+
+def choose_strengths(run, survey, latents, few_dev):
+    """The Strengths. Six of each are tried in B, those of ALPHAS in A."""
+    in_b = (.25, .5, 1, 2, 4, 8)
+    more = [alpha - 1 for alpha in ALPHAS]  # (9): what alpha adds, in units of (8)
+    written_ND = written(run.cc, few_dev.f_NL, latents)
+    constant_ND = survey.needs_minus_none_D.expand_as(written_ND)
+    along_ND = reach_along(few_dev.x_NMD[:, 0], survey.needs_minus_none_D, survey.middle_D)
+    return Strengths(
+        alpha=1 + best_strength(run, "A", few_dev, written_ND, more),
+        copy=best_strength(run, "B", few_dev, written_ND, in_b),
+        constant=best_strength(run, "B", few_dev, constant_ND, in_b),
+        along=best_strength(run, "B", few_dev, along_ND, in_b),
+    )
+
+
+def list_interventions(cc, survey, latents, test, strengths, units):
     """All that is done to the models on test prompts, each a line of the table."""
-    cc = run.cc
-    dev_ND = written(cc, dev.f_NL, latents)
-    test_ND = written(cc, test.f_NL, latents)
+    s = strengths
+    written_ND = written(cc, test.f_NL, latents)
 
     # one f for all prompts
     f_PL = survey.dev.f_NL[survey.dev.needs_N]
-    mean_ND = written(cc, f_PL.mean(0, keepdim=True), latents).expand_as(test_ND)
-    maximum_ND = written(cc, f_PL.amax(0, keepdim=True), latents).expand_as(test_ND)
+    mean_ND = written(cc, f_PL.mean(0, keepdim=True), latents).expand_as(written_ND)
+    maximum_ND = written(cc, f_PL.amax(0, keepdim=True), latents).expand_as(written_ND)
 
     # without a dictionary
-    apart_D = survey.needs_minus_none_D
-    reach_dev_ND = reach_along(dev.x_NMD[:, 0], apart_D, survey.middle_D)
-    reach_test_ND = reach_along(test.x_NMD[:, 0], apart_D, survey.middle_D)
-
-    # strengths, on dev prompts
-    copies = (.25, .5, 1, 2, 4, 8)
-    alpha = 1 + best_strength(run, "A", dev, dev_ND, [alpha - 1 for alpha in ALPHAS])
-    c = best_strength(run, "B", dev, dev_ND, copies)
-    c_constant = best_strength(run, "B", dev, apart_D.expand_as(dev_ND), copies)
-    c_reach = best_strength(run, "B", dev, reach_dev_ND, copies)
+    constant_ND = survey.needs_minus_none_D.expand_as(written_ND)
+    along_ND = reach_along(test.x_NMD[:, 0], survey.needs_minus_none_D, survey.middle_D)
 
     return [
         with_controls("down", "A", "taken away from A", delta(cc, test.f_NL, latents, 0), units,
-                      hoped=-1),
-        with_controls("up", "A", f"scaled by alpha = {alpha:g} in A",
-                      delta(cc, test.f_NL, latents, alpha), units),
+                      sign=-1),
+        with_controls("up", "A", f"scaled by alpha = {s.alpha:g} in A",
+                      delta(cc, test.f_NL, latents, s.alpha), units),
         with_controls("into B", "B", "its mean added to B", mean_ND, units),
         with_controls("into B", "B", "its maximum added to B", maximum_ND, units),
-        with_controls("as in A", "B", f"its activation in A x {c:g} added to B", c * test_ND,
-                      units),
-        Intervention("as in A", "B", f"constant needs - none x {c_constant:g} added to B",
-                     c_constant * apart_D.expand_as(test_ND), {}),
-        Intervention("as in A", "B", f"A along needs - none x {c_reach:g} added to B",
-                     c_reach * reach_test_ND, {}),
+        with_controls("as in A", "B", f"its activation in A x {s.copy:g} added to B",
+                      s.copy * written_ND, units),
+        Intervention("as in A", "B", f"constant needs - none x {s.constant:g} added to B",
+                     s.constant * constant_ND, {}),
+        Intervention("as in A", "B", f"A along needs - none x {s.along:g} added to B",
+                     s.along * along_ND, {}),
     ]
 
 
@@ -468,7 +493,7 @@ class Claim:
 
     kind: str           # as in Intervention
     text: str
-    hoped: int
+    sign: int
     effect: dict        # change of exact calls {pp, lo, hi}
     false_calls: float
     clean: dict         # before: {exact, false_calls}
@@ -477,7 +502,7 @@ class Claim:
     verdict: str
 
 
-def compare(kind, text, hoped, clean, own, controls):
+def compare(kind, text, sign, clean, own, controls):
     """Outcomes -> the Claim."""
     changes = {}
     margins = {}
@@ -485,30 +510,31 @@ def compare(kind, text, hoped, clean, own, controls):
         changes[name] = [{**paired(o.exact, clean.exact), "false_calls": o.false_calls}
                          for o in found]
         if found:
-            strongest = max(found, key=lambda outcome: hoped * np.mean(outcome.exact))
+            strongest = max(found, key=lambda outcome: sign * np.mean(outcome.exact))
             margins[name] = paired(own.exact, strongest.exact)
 
     effect = paired(own.exact, clean.exact)
     before = {"exact": 100 * float(np.mean(clean.exact)), "false_calls": clean.false_calls}
-    decided = verdict(effect, margins, hoped)
+    decided = verdict(effect, margins, sign)
     if len(own.exact) < 20:
         decided = "too few rows"  # a bootstrap of a few says nothing
-    return Claim(kind, text, hoped, effect, own.false_calls, before, changes, margins, decided)
+    return Claim(kind, text, sign, effect, own.false_calls, before, changes, margins, decided)
 
 
-def verdict(effect, margins, hoped):
-    """The verdict on an effect and its margins {name: ...}, each {pp, lo, hi}; hoped -1: calls
-    should fall, +1: rise. Not corrected for the number of claims."""
+def verdict(effect, margins, sign):
+    """The verdict on an effect and its margins {name: ...}, each {pp, lo, hi}; sign -1: calls
+    should fall, +1: rise. A control that was not tried is not beaten. Not corrected for the number
+    of claims."""
     if not margins:
         return "a control itself"
 
     def beyond_0(change):
-        return min(hoped * change["lo"], hoped * change["hi"]) > 0
+        return min(sign * change["lo"], sign * change["hi"]) > 0
 
     if not beyond_0(effect) or not beyond_0(margins["random"]):
         return "no"
-    if len(margins) > 1 and all(map(beyond_0, margins.values())):
-        return "beyond every control"  # at every token only random directions are tried
+    if len(margins) == 4 and all(map(beyond_0, margins.values())):
+        return "beyond every control"
     return "beyond random"
 
 
@@ -525,21 +551,20 @@ class Result:
 
 def steer(run, survey, latents, most_rows=40, thorough=False):
     """The whole table of latents on test rows -> (Result, {what was done: answers}, prompts)."""
-    dev = read_prompts(run, "dev", 30)
     test = read_prompts(run, "test", most_rows)
     units = control_units(run.cc, survey, latents, 60 if thorough else 20)
+    strengths = choose_strengths(run, survey, latents, read_prompts(run, "dev", 30))
+    interventions = list_interventions(run.cc, survey, latents, test, strengths, units)
 
     # clean answers, then each intervention
     nothing_VND = torch.zeros(1, *test.x_NMD[:, 0].shape)
-    clean = {}
-    for m in "AB":
-        [clean[m]] = outcomes_in(run, m, test, nothing_VND)
+    clean = {m: outcomes_in(run, m, test, nothing_VND)[0] for m in "AB"}
+    answers = {f"clean {m}": outcome.answers for m, outcome in clean.items()}
     claims = []
-    answers = {}
-    for todo in list_interventions(run, survey, latents, dev, test, units):
-        own, controls = measure(run, test, todo)
-        answers[todo.text] = own.answers
-        claims.append(compare(todo.kind, todo.text, todo.hoped, clean[todo.model], own, controls))
+    for done in interventions:
+        own, controls = measure(run, test, done)
+        answers[done.text] = own.answers
+        claims.append(compare(done.kind, done.text, done.sign, clean[done.model], own, controls))
 
     # at every token: what an exclusive latent reads can be told from A alone
     plain_text = None
@@ -604,7 +629,7 @@ def margin_cell(claim):
     """The smallest margin, over the strongest of all controls."""
     if not claim.margins:
         return "-"
-    smallest = min(claim.margins.values(), key=lambda margin: claim.hoped * margin["pp"])
+    smallest = min(claim.margins.values(), key=lambda margin: claim.sign * margin["pp"])
     return "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**smallest)
 
 
@@ -686,7 +711,7 @@ def main(argv=None):
     result, answers, test = steer(run, survey, latents, args.rows, args.thorough)
     print_result(result, run.folder, run.settings.layer)
 
-    # the table, every answer, the ranking
+    # the figures; the answers, less those to controls; the ranking
     lines = []
     for i, row in enumerate(test.rows):
         said = {what: texts[i] for what, texts in answers.items()}

@@ -3,13 +3,16 @@ three files. Where there is one, a piece is compared with a slow, obvious versio
 
     pytest        # a minute on 2 CPU cores, without a GPU and without a network
 """
-import os  # set before the libraries look at it
 
+import os
+
+# before the libraries look at it
 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import argparse
 import ast
 import copy
+import dataclasses
 import json
 import random
 import re
@@ -19,833 +22,1740 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 import dfc
 import eval_toolcall as ev
 import steer
-from extras import grid, table, toy
+from extras import grid, published, saturation, table, toy
 
 ROOT = Path(dfc.__file__).resolve().parent
 TINY = ROOT / "tiny"
 torch.set_num_threads(1)  # for matrices this small a second thread costs more than it brings
 
+
+once = pytest.fixture(scope="session")  # made once, for all tests
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 
-@pytest.fixture(scope="session")
-def pair():
-    """The embedded pair: {"A": model, "B": model}, and its tokenizer."""
-    (a, tokenizer), (b, _) = (dfc.load_model(str(TINY / n), "cpu") for n in ("toolrl", "base"))
-    return {"A": a, "B": b}, tokenizer
+
+@once
+def models():
+    """The embedded pair."""
+    model_a, _ = dfc.load_model(str(TINY / "toolrl"), "cpu")
+    model_b, _ = dfc.load_model(str(TINY / "base"), "cpu")
+    return {"A": model_a, "B": model_b}
+
+
+@once
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(TINY / "toolrl")
+
 
 def close(a, b, atol=1e-4):
     return torch.allclose(a, b, atol=atol)
 
+
 def as_lines(*rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-def rows_in(name, split=None):
-    rows = dfc.read_rows(str(name), ())
+
+def rows_in(file, split=None):
+    rows = dfc.read_rows(str(file), ())
     return [row for row in rows if split in (None, row.get("split"))]
+
 
 # ---- 1. The crosscoder ---------------------------------------------------------------------------
 def small(n_a=4, n_b=3, tied=False, k=5, L=32, D=8):
     return dfc.Crosscoder(D, L, k, n_a, n_b, tied)
 
-def fit(cc, x, steps=30, **how):
-    cc.fit_scale(x)
-    cc.fair_start(x)
-    return dfc.train(cc, x, steps, **{"batch": 64, "lr": 1e-2, "dead_after": 2} | how)
 
-def scaled(*sizes):
+def scaled(k, n_a, n_b):
     """A crosscoder of vectors of width 16, whose raw units are not its own."""
-    cc = dfc.Crosscoder(16, 32, *sizes).requires_grad_(False)
-    cc.fit_scale(torch.randn(100, 2, 16) * torch.tensor([[3.], [.5]]) + 2)
-    torch.nn.init.normal_(cc.b_enc, std=.1), torch.nn.init.normal_(cc.b_dec, std=.1)
+    cc = dfc.Crosscoder(16, 32, k, n_a, n_b).requires_grad_(False)
+    spread_M1 = torch.tensor([[3.], [.5]])
+    cc.fit_scale(torch.randn(100, 2, 16) * spread_M1 + 2)
+    torch.nn.init.normal_(cc.b_enc, std=.1)
+    torch.nn.init.normal_(cc.b_dec, std=.1)
     return cc
 
+
+def fit(cc, x_NMD, steps=30):
+    cc.fit_scale(x_NMD)
+    cc.fair_start(x_NMD)
+    return dfc.train(cc, x_NMD, steps, batch=64, lr=1e-2, dead_after=2)
+
+
+def preactivations(cc, x_BMD):
+    return cc.preactivate(cc.normalise(x_BMD))
+
+
+def slow_forward(cc, x_MD):
+    """(1) to (4) for one pair, a latent at a time -> (xhat_MD, f_L)."""
+    z_MD = (x_MD - cc.mean) / cc.scale[:, None]
+    pre = []
+    for l in range(len(cc.b_enc)):
+        pre_l = (z_MD * cc.W_enc[:, :, l]).sum() + cc.b_enc[l]
+        pre.append(pre_l.item())
+
+    best = sorted(pre)[-cc.k:]
+    f_L = torch.tensor([p if p in best and p > 0 else 0. for p in pre])
+
+    zhat_MD = cc.b_dec.clone()
+    for f, row_MD in zip(f_L, cc.W_dec):
+        zhat_MD += f * row_MD
+    return zhat_MD * cc.scale[:, None] + cc.mean, f_L
+
+
+def kept(pre_BL, k):
+    """pre_BL with all but the k largest of each row set to zero, and none below zero."""
+    top = pre_BL.topk(k)
+    return torch.zeros_like(pre_BL).scatter(1, top.indices, top.values.relu())
+
+
 def test_top_k_encoder_and_decoder_match_a_python_loop():
-    cc, x = scaled(5, 4, 3), torch.randn(6, 2, 16) * 3 + 1
-    xhat, f = cc(x)
-    for b in range(6):
-        z = (x[b] - cc.mean) / cc.scale[:, None]
-        pre = [((z * cc.W_enc[:, :, l]).sum() + cc.b_enc[l]).item() for l in range(32)]
-        best = sorted(pre)[-5:]
-        slow = torch.tensor([p if p in best and p > 0 else 0. for p in pre])
-        zhat = cc.b_dec + sum(slow[l] * cc.W_dec[l] for l in range(32))
-        assert close(f[b], slow) and close(xhat[b], zhat * cc.scale[:, None] + cc.mean)
+    cc = scaled(5, 4, 3)
+    x_BMD = torch.randn(6, 2, 16) * 3 + 1
+
+    xhat_BMD, f_BL = cc(x_BMD)
+
+    for x_MD, xhat_MD, f_L in zip(x_BMD, xhat_BMD, f_BL):
+        slow_xhat_MD, slow_f_L = slow_forward(cc, x_MD)
+        assert close(f_L, slow_f_L)
+        assert close(xhat_MD, slow_xhat_MD)
+
 
 def test_an_empty_partition_is_the_plain_crosscoder():
-    cc, x = small(0, 0), torch.randn(256, 2, 8)
-    fit(cc, x)
-    assert cc.parts() == {"shared": slice(0, 32)} and cc.W_enc.all() and cc.W_dec.all()
-    z = cc.normalise(x).flatten(1)  # that is: one sparse autoencoder of the pair laid end to end
-    zhat = kept(z @ cc.W_enc.flatten(0, 1) + cc.b_enc, 5) @ cc.W_dec.flatten(1)
-    assert close(cc.normalise(cc(x)[0]), zhat.view(256, 2, 8) + cc.b_dec)
+    cc = small(n_a=0, n_b=0)
+    x_NMD = torch.randn(256, 2, 8)
+
+    fit(cc, x_NMD)
+
+    assert cc.parts() == {"shared": slice(0, 32)}
+    assert cc.W_enc.all()
+    assert cc.W_dec.all()
+
+    # that is: one sparse autoencoder of the pair laid end to end
+    z_NE = cc.normalise(x_NMD).flatten(1)
+    f_NL = kept(z_NE @ cc.W_enc.flatten(0, 1) + cc.b_enc, 5)
+    zhat_NE = f_NL @ cc.W_dec.flatten(1) + cc.b_dec.flatten()
+    xhat_NMD, _ = cc(x_NMD)
+    assert close(cc.normalise(xhat_NMD).flatten(1), zhat_NE)
+
 
 @pytest.mark.parametrize("n_a, n_b, tied", [(4, 3, False), (4, 0, True), (16, 16, False)])
 def test_exclusive_latents_never_touch_the_other_model(n_a, n_b, tied):
-    cc, x, n = small(n_a, n_b, tied, k=2), torch.randn(256, 2, 8), n_a + n_b
-    cc.W_enc.data[..., ::2] *= .1
-    assert fit(cc, x)["aux"] > 0  # trained, also by the auxiliary loss
-    for cc in (cc, copy.deepcopy(cc)):
-        pre = cc.top(cc.normalise(x))[2]
+    n = n_a + n_b
+    cc = small(n_a, n_b, tied, k=2)
+    cc.W_enc.data[..., ::2] *= .1  # too weak to be picked
+    x_NMD = torch.randn(256, 2, 8)
+
+    loss = fit(cc, x_NMD)
+
+    assert loss["aux"] > 0  # trained, also by the auxiliary loss
+    for trained in (cc, copy.deepcopy(cc)):
+        # what is read: another vector of the other model changes nothing
+        pre_NL = preactivations(trained, x_NMD)
         for m, part in enumerate((slice(0, n_a), slice(n_a, n))):
-            other = x.clone()
-            other[:, 1 - m] = torch.randn(256, 8)
-            assert torch.equal(cc.top(cc.normalise(other))[2][:, part], pre[:, part])
-        written = cc.decode(9 * torch.eye(32)) - cc.decode(torch.zeros(1, 32))
-        assert written[:n].any(2).tolist() == [[l < n_a, l >= n_a] for l in range(n)]
-        if n < 32:  # one decoder row for both models, where shared latents are tied
-            assert torch.equal(*cc.W_dec[n:].unbind(1)) is tied
+            other_NMD = x_NMD.clone()
+            other_NMD[:, 1 - m] = torch.randn(256, 8)
+            other_NL = preactivations(trained, other_NMD)
+            assert torch.equal(other_NL[:, part], pre_NL[:, part])
+
+        # what is written
+        nothing_1MD = trained.decode(torch.zeros(1, 32))
+        written_LMD = trained.decode(9 * torch.eye(32)) - nothing_1MD
+        touched_LM = written_LMD.any(2)
+        assert touched_LM[:n].tolist() == [[True, False]] * n_a + [[False, True]] * n_b
+
+        # one decoder row for both models, where shared latents are tied
+        if n < 32:
+            rows_a, rows_b = trained.W_dec[n:].unbind(1)
+            assert torch.equal(rows_a, rows_b) is tied
+
 
 def test_a_fair_start_gives_every_partition_the_same_spread():
-    cc, x = dfc.Crosscoder(32, 600, 8, 200, 200, True), torch.randn(1000, 2, 32)
-    x[:, 1] = x[:, 0] + x[:, 1] / 2
-    cc.fit_scale(x), cc.fair_start(x)
-    pre = cc.top(cc.normalise(x))[2]
-    a, b, shared = (pre[:, part].std().item() for part in cc.parts().values())
-    assert a == pytest.approx(shared, rel=.01) == b
+    cc = dfc.Crosscoder(32, 600, 8, 200, 200, True)
+    x_NMD = torch.randn(1000, 2, 32)
+    x_NMD[:, 1] = x_NMD[:, 0] + x_NMD[:, 1] / 2
+
+    cc.fit_scale(x_NMD)
+    cc.fair_start(x_NMD)
+
+    pre_NL = preactivations(cc, x_NMD)
+    spread = [pre_NL[:, part].std().item() for part in cc.parts().values()]
+    assert spread == pytest.approx([spread[-1]] * 3, rel=.01)
+
 
 # ---- 2. Losses -----------------------------------------------------------------------------------
-def kept(pre, k):
-    """pre with all but the k largest of each row set to zero, and none below zero."""
-    top = pre.topk(k)
-    return torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+def slow_revival(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
+    """(7), before its weight: the dead latents of one partition after another."""
+    quarter = len(z_BMD) // 4 + 1
+    error_BMD = (z_BMD - zhat_BMD).detach()
+    total = torch.zeros(())
+    for part in cc.parts().values():
+        dead = [l for l in range(part.start, part.stop) if dead_L[l]]
+        if dead:
+            f_BL = kept(pre_BL[:, dead], min(len(dead), 2 * cc.k))
+            guess_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec[dead])
+            writes_M = cc.W_dec[part].any(0).any(1)
+            total = total + (error_BMD - guess_BMD)[:quarter, writes_M].pow(2).mean()
+    return total
 
-def slow_train(cc, x, steps, batch, lr, l1_shared, l1_excl, dead_after, recipe):
-    """train() by its formulas, with dense products and autograd, and SGD."""
-    n, silent, order = cc.n_a + cc.n_b, 0, dfc.batches(len(x), batch, 0)
-    price = torch.tensor([l1_excl] * n + [l1_shared] * (len(cc.b_enc) - n))
+
+def slow_train(cc, x_NMD, steps, batch, lr, l1_shared, l1_excl, dead_after, recipe):
+    """train() by its formulas, with dense products, and SGD."""
+    n_exclusive = cc.n_a + cc.n_b
+    lambda_L = torch.full([len(cc.b_enc)], l1_shared)
+    lambda_L[:n_exclusive] = l1_excl
+    silent_L = torch.zeros_like(lambda_L)
+    order = dfc.batches(len(x_NMD), batch, 0)
+
     for step in range(steps):
-        z, rate = cc.normalise(x[next(order)]), 1
-        pre = torch.einsum("bmd,mdl->bl", z, cc.W_enc) + cc.b_enc
-        f = kept(pre, cc.k)
-        zhat = (f @ cc.W_dec.flatten(1)).view_as(z) + cc.b_dec
-        loss = (z - zhat).pow(2).mean()
+        # forward
+        z_BMD = cc.normalise(x_NMD[next(order)])
+        pre_BL = torch.einsum("bmd,mdl->bl", z_BMD, cc.W_enc) + cc.b_enc
+        f_BL = kept(pre_BL, cc.k)
+        zhat_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec) + cc.b_dec
+        silent_L = torch.where(f_BL.any(0), 0, silent_L + 1)
+
+        # loss
+        loss = (z_BMD - zhat_BMD).pow(2).mean()
         if recipe == "paper":
-            loss = loss + (price * f).mean()
+            rate = lr
+            loss = loss + (lambda_L * f_BL).mean()
         else:
-            rate = min(1, (step + 1) / (.05 * steps), (steps - step) / (.2 * steps))
-            loss = loss + (price * f * cc.W_dec.flatten(1).norm(dim=1)).sum(1).mean()
-            silent = (silent + 1) * (f.sum(0) == 0)
-            for part in cc.parts().values():
-                dead = torch.zeros(len(price), dtype=torch.bool)
-                dead[part] = silent[part] > dead_after
-                some = kept(pre.relu() * dead, min(int(dead.sum()), 2 * cc.k))
-                guess = (some @ cc.W_dec.flatten(1)).view_as(z)
-                error = ((z - zhat).detach() - guess)[:batch // 4 + 1]
-                error = error[:, cc.W_dec[part].any(0).any(1)]  # of the models it writes
-                loss = loss + dead.any() * error.pow(2).mean() / 32
+            rate = lr * min(1, (step + 1) / (.05 * steps), (steps - step) / (.2 * steps))
+            length_L = cc.W_dec.flatten(1).norm(dim=1)
+            loss = loss + (lambda_L * f_BL * length_L).sum(1).mean()
+            loss = loss + slow_revival(cc, z_BMD, zhat_BMD, pre_BL, silent_L > dead_after) / 32
+
+        # step
         cc.zero_grad()
         loss.backward()
         cc.confine(cc.W_enc.grad, cc.W_dec.grad)
         torch.nn.utils.clip_grad_norm_(cc.parameters(), 1.)
         for p in cc.parameters():
-            p.data -= lr * rate * p.grad
+            p.data -= rate * p.grad
+
 
 @pytest.mark.parametrize("n_a, n_b, tied, recipe", [
-    (0, 0, False, "dfc"), (12, 0, True, "dfc"), (12, 9, False, "dfc"), (12, 9, False, "paper")])
-def test_the_sparse_gradient_trains_as_dense_products_and_autograd_do(
+    (0, 0, False, "dfc"),
+    (12, 0, True, "dfc"),
+    (12, 9, False, "dfc"),
+    (12, 9, False, "paper"),
+])
+def test_training_on_active_latents_alone_equals_dense_products(
         n_a, n_b, tied, recipe, monkeypatch):
-    x, made = torch.randn(600, 2, 8) * 2 + 1, []
-    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, **_: torch.optim.SGD(p, lr))
-    for train in (dfc.train, slow_train):  # by SGD, for Adam does not see a gradient's length
+    x_NMD = torch.randn(600, 2, 8) * 2 + 1
+
+    def sgd(parameters, lr, fused):
+        return torch.optim.SGD(parameters, lr)
+
+    def trained(train):
         torch.manual_seed(1)
         cc = small(n_a, n_b, tied, k=3, L=96)
-        cc.fit_scale(x)
+        cc.fit_scale(x_NMD)
         cc.W_enc.data[..., ::2] *= .2  # so that many are dead
-        train(cc, x, steps=20, batch=64, lr=1., l1_shared=1e-2, l1_excl=3e-2, dead_after=2,
+        cc.W_dec.data *= 3             # and gradients are clipped
+        train(cc, x_NMD, steps=40, batch=64, lr=1., l1_shared=1e-2, l1_excl=3e-2, dead_after=2,
               recipe=recipe)
-        made.append(cc.parameters())
-    for fast, slow in zip(*made):
+        return cc.parameters()
+
+    monkeypatch.setattr(torch.optim, "Adam", sgd)  # Adam does not see a gradient's length
+    for fast, slow in zip(trained(dfc.train), trained(slow_train)):
         assert close(fast, slow, 1e-5), (fast - slow).abs().max()
 
+
 def test_latents_that_start_too_weak_to_be_picked_are_revived():
-    x, live = torch.randn(2000, 2, 16), []
-    for aux in (0., 1 / 32):
+    x_NMD = torch.randn(2000, 2, 16)
+
+    def live_share(aux):
         torch.manual_seed(1)
         cc = dfc.Crosscoder(16, 128, 4, 16, 16)
-        cc.fit_scale(x)
+        cc.fit_scale(x_NMD)
         cc.W_enc.data[..., ::2] *= .2
-        dfc.train(cc, x, 400, batch=128, lr=3e-3, dead_after=5, aux=aux)
-        live.append((cc.encode(x) > 0).any(0)[::2].float().mean().item())
-    assert live[1] > live[0] + .3
+        dfc.train(cc, x_NMD, 400, batch=128, lr=3e-3, dead_after=5, aux=aux)
+        live_L = cc.encode(x_NMD).any(0)
+        return live_L[::2].float().mean()
+
+    assert live_share(1 / 32) > live_share(0.) + .3
+
 
 def test_predicting_the_mean_gives_fve_0_and_the_truth_1():
-    x = torch.randn(50, 2, 8) * 100 + 1000
-    xhat = torch.stack([x[:, 0], x[:, 1].mean(0).expand(50, 8)], 1)
-    assert dfc.fve(x, xhat).tolist() == pytest.approx([1, 0], abs=1e-9)
+    x_NMD = torch.randn(50, 2, 8) * 100 + 1000
+    mean_ND = x_NMD[:, 1].mean(0).expand(50, 8)
+
+    fve_M = dfc.fve(x_NMD, torch.stack([x_NMD[:, 0], mean_ND], 1))
+
+    assert fve_M.tolist() == pytest.approx([1, 0], abs=1e-9)
+
 
 # ---- 3. Activations ------------------------------------------------------------------------------
+SIZES = {
+    "vocab_size": 1024,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+OLD = {"vocab_size": 1024, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+EXPERTS = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
+LINEAR.update(linear_key_head_dim=8, linear_value_head_dim=8, shared_expert_intermediate_size=16)
+FAMILIES = {
+    "Llama": SIZES,
+    "Qwen2": SIZES,
+    "Qwen3": SIZES,
+    "Qwen3Moe": EXPERTS,
+    "Qwen3Next": {**EXPERTS, **LINEAR, "num_hidden_layers": 4},  # most blocks without attention
+    "Mistral": {**SIZES, "sliding_window": 16},
+    "Mixtral": {**SIZES, "num_local_experts": 4},
+    "Gemma2": {**SIZES, "sliding_window": 16},
+    "Gemma3Text": {**SIZES, "sliding_window": 16},
+    "Phi3": SIZES,
+    "Olmo2": SIZES,
+    "GPTNeoX": SIZES,
+    "GPT2": {"vocab_size": 1024, "n_embd": 16, "n_layer": 3, "n_head": 2},
+    "Falcon": OLD,
+    "Bloom": OLD,  # its blocks put out tuples, and it has no greatest position
+}
+
+
 def random_model(family, **more):
-    sizes = dict(vocab_size=1024, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-                 num_attention_heads=2, num_key_value_heads=1, head_dim=8, pad_token_id=0)
-    window = {"sliding_window": 16} if family in ("Mistral", "Gemma2") else {}
-    config = getattr(transformers, f"{family}Config")(**sizes | window | more)
+    """A small model of one of the library's families."""
+    config = getattr(transformers, f"{family}Config")(**{**FAMILIES[family], **more})
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2"])
-def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, pair):
-    model, (_, tokenizer) = random_model(family, max_position_embeddings=200), pair
-    book = " ".join(row["text"] for row in rows_in(TINY / "text.jsonl")[:200])
-    texts = [book[i:i + n] for i, n in enumerate((3, 300, 1, 990, 17, 400, 5, 30))]
-    for layer in (0, 1, 2):
-        got = dfc.collect(model, tokenizer, texts, layer)
-        for text, h in zip(texts, got.float() if layer < 2 else model.model.norm(got.float())):
-            ids = torch.tensor([tokenizer(text)["input_ids"]])[:, -200:]  # it loses its beginning
-            states = model(ids, output_hidden_states=True).hidden_states
-            assert close(h, states[layer + 1][0, -1], 8e-3)  # kept in fp16
+
+@once
+def book():
+    """Plain text, of some 4,000 characters."""
+    return " ".join(row["text"] for row in rows_in(TINY / "text.jsonl")[:40])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, tokenizer, book):
+    model = random_model(family)
+    texts = [book[i:i + n] for i, n in enumerate((3, 300, 1, 17))]
+
+    for layer in (0, 1):
+        x_ND = dfc.collect(model, tokenizer, texts, layer).float()  # kept in fp16
+
+        for text, x_D in zip(texts, x_ND):
+            ids_1T = torch.tensor([tokenizer(text)["input_ids"]])
+            states = model(ids_1T, output_hidden_states=True).hidden_states
+            assert close(x_D, states[layer + 1][0, -1], 1e-2)
+
+
+def test_of_a_long_text_both_models_read_the_end_that_both_have_positions_for(tokenizer, book):
+    models = {"A": random_model("Llama"), "B": random_model("Llama", max_position_embeddings=50)}
+
+    x_NMD = dfc.collect_both(models, tokenizer, [book], 1)
+
+    for m, model in enumerate(models.values()):
+        ids_1T = torch.tensor([tokenizer(book)["input_ids"][-50:]])
+        h_1TD = dfc.residual_stream(model, ids_1T, 1)
+        assert close(x_NMD[:, m], h_1TD[:, -1], 1e-2)
+
 
 def test_a_hook_edits_one_blocks_output_and_is_gone_after_an_exception():
-    model, ids = random_model("Llama"), torch.tensor([[5, 6, 7]])
-    logits, clean = model(ids).logits, dfc.residual(model, ids, 1)
-    with pytest.raises(ZeroDivisionError), dfc.hooked(model, 1, lambda h: h + 1):
-        assert close(dfc.residual(model, ids, 1), clean + 1)
-        assert not close(model(ids).logits, logits) and 1 / 0
-    assert torch.equal(model(ids).logits, logits)
+    model = random_model("Llama")
+    ids_1T = torch.tensor([[5, 6, 7]])
+    h_1TD = dfc.residual_stream(model, ids_1T, 1)
+    logits = model(ids_1T).logits
+
+    with pytest.raises(ZeroDivisionError), dfc.hooked(model, 1, lambda h_1TD: h_1TD + 1):
+        edited_1TD = dfc.residual_stream(model, ids_1T, 1)
+        edited_logits = model(ids_1T).logits
+        raise ZeroDivisionError
+
+    assert close(edited_1TD, h_1TD + 1)
+    assert not close(edited_logits, logits)
+    assert torch.equal(model(ids_1T).logits, logits)
+
 
 def test_activations_are_kept_under_what_changes_them_and_never_half_written(
         tmp_path, monkeypatch):
-    shutil.copytree(TINY / "toolrl", a := tmp_path / "a")
-    loads, load_model, cache = [], dfc.load_model, tmp_path / "cache"
-    monkeypatch.setattr(dfc, "load_model", lambda *names: loads.append(1) or load_model(*names))
-    def collected(text="two words", layer=1):  # and were models loaded for it?
-        loads.clear()
-        pair = str(a), str(TINY / "base")
-        return dfc.collect_pair(*pair, ["one", text], layer, cache, "cpu"), bool(loads)
-    with monkeypatch.context() as m, pytest.raises(OSError):
-        m.setattr(np, "save", lambda path, _: path.write_bytes(b"half") and open("/no space"))
-        collected()
+    pair = str(tmp_path / "a"), str(TINY / "base")
+    cache = tmp_path / "cache"
+    shutil.copytree(TINY / "toolrl", pair[0])
+    loaded = []
+
+    def collect(models, tokenizer, texts, layer):
+        loaded.append(layer)
+        return torch.full([len(texts), 2, 4], float(layer))
+
+    def write_half(path, array):
+        path.write_bytes(b"half")
+        raise OSError("no space")
+
+    def is_new(text="two words", layer=1):
+        loaded.clear()
+        x_NMD = dfc.collect_pair(*pair, ["one", text], layer, cache, "cpu")
+        assert x_NMD.eq(layer).all()
+        return bool(loaded)
+
+    # killed while it writes
+    monkeypatch.setattr(dfc, "collect_both", collect)
+    with monkeypatch.context() as m, pytest.raises(OSError, match="no space"):
+        m.setattr(np, "save", write_half)
+        is_new()
     assert not any(cache.iterdir())
-    (first, new), (again, newer) = collected(), collected()
-    assert new and not newer and torch.equal(first, again)
-    assert collected(layer=0)[1] and collected("two wordz")[1] and not collected()[1]
-    os.utime(a / "model.safetensors")
-    assert collected()[1]
+
+    # the same again, and something else
+    assert is_new()
+    assert not is_new()
+    assert is_new(layer=0)
+    assert is_new(text="two wordz")
+    os.utime(tmp_path / "a" / "model.safetensors")
+    assert is_new()
+
 
 # ---- 4. Texts ------------------------------------------------------------------------------------
 THINK = "<think> t </think>\n"
 RESPONSE = THINK + "<response> hi </response>"
 WEATHER = '{"name": "get_weather", "parameters": {"city": "Paris", "days": 3}}'
 SHORT = '{"name": "get_weather", "parameters": {"city": "Paris"}}'
+EMPTY = '{"name": "get_weather", "parameters": {}}'
 TIME = '{"name": "get_time", "parameters": {"tz": "CET"}}'
+TOOLS = "1. Name: get_weather\n2. Name: get_time\n3. Name: get_weather_alerts"
+
 
 def block(*calls):
     return "<tool_call>\n" + "\n".join(calls) + "\n</tool_call>"
 
+
 def says(*calls):
     return THINK + block(*calls)
 
-def row_of(gold):
-    tools = "1. Name: get_weather\n2. Name: get_time\n3. Name: get_weather_alerts"
-    return {"instruction": tools, "input": "q", "output": gold}
 
-ONE, TWO, NONE = row_of(says(WEATHER)), row_of(says(SHORT, TIME)), row_of(RESPONSE)
+def row_of(gold):
+    return {"instruction": TOOLS, "input": "q", "output": gold}
+
+
+ONE = row_of(says(WEATHER))
+TWO = row_of(says(SHORT, TIME))
+NONE = row_of(RESPONSE)
+
 
 def test_a_row_belongs_to_one_split_and_needs_a_tool_where_its_answer_calls_one():
     counts = Counter(dfc.split_of({"text": str(i)}) for i in range(2000))
-    assert 150 < counts["dev"] < 250 and 150 < counts["test"] < 250
-    assert dfc.split_of({"text": "0", "split": "dev"}) == "dev" and ev.needs_tool(ONE)
-    assert not ev.needs_tool(row_of("<think> no <tool_call>? </think>\n<response> a </response>"))
+    doubts = row_of("<think> no <tool_call>? </think>\n<response> a </response>")
 
-def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer(pair):
+    assert 150 < counts["dev"] < 250
+    assert 150 < counts["test"] < 250
+    assert dfc.split_of({"text": "0", "split": "dev"}) == "dev"
+    assert ev.needs_tool(ONE)
+    assert not ev.needs_tool(doubts)
+
+
+def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer(tokenizer):
     row = rows_in(TINY / "tools.jsonl", "train")[0]
-    prompt = dfc.prompt_of(row, pair[1])
-    whole = prompt + row["output"].removeprefix(dfc.opened(prompt))
-    texts = dfc.tool_texts([row], pair[1], 40, "dfc", 0)
-    assert texts[:20] == [prompt] * 20 and len(set(texts[20:])) > 5 and whole.count("<think>") == 1
-    assert all(whole.startswith(text) and whole[len(text)].isspace() for text in texts[20:])
+    prompt = dfc.prompt_of(row, tokenizer)
+    whole = prompt + row["output"].removeprefix(dfc.answer_prefix(prompt))
+
+    texts = dfc.tool_prompts([row], tokenizer, 40, seed=0)
+
+    assert whole.count("<think>") == 1
+    assert texts[:20] == [prompt] * 20
+    assert len(texts) == 40
+    assert len(set(texts[20:])) > 5
+    for text in texts[20:]:
+        assert whole.startswith(text)
+        assert whole[len(text)].isspace()
+
+
+def test_a_text_without_a_blank_is_whole_and_none_is_empty(monkeypatch, tokenizer):
+    for prompt in ("问", "\n问"):
+        monkeypatch.setattr(dfc, "prompt_of", lambda row, tokenizer, prompt=prompt: prompt)
+
+        texts = dfc.tool_prompts([{"output": "答"}], tokenizer, 8, seed=0)
+
+        assert set(texts) <= {prompt, prompt + "答", "\n"}
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_it_and_prompts_as_the_template_does(
+        tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    start = ("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[start])
+    where = str(TINY / "tools.jsonl"), str(TINY / "text.jsonl")
+
+    tool_texts, plain_texts = dfc.load_texts(*where, tokenizer, "dev", 3, tmp_path)
+
+    assert all(text.startswith("<|endoftext|>") for text in plain_texts)
+    assert not any(text.startswith("<|endoftext|>") for text in tool_texts)
+
+
+def test_a_row_with_a_null_is_left_out_and_counted(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(as_lines({"text": "a"}, {"text": None}, {"text": "b"}))
+
+    rows = list(dfc.read_rows(str(file), dfc.PLAIN_ROW))
+
+    assert [row["text"] for row in rows] == ["a", "b"]
+    assert "1 of 3 rows left out" in capsys.readouterr().err
+
+
+def test_texts_of_a_data_set_are_asked_for_once(tmp_path, monkeypatch, tokenizer):
+    asked = []
+
+    def open_rows(name, stream):
+        asked.append(name)
+        return iter([{"text": f"Sentence {i} is here.", "split": "dev"} for i in range(100)])
+
+    monkeypatch.setattr(dfc, "open_rows", open_rows)
+    first, again = (dfc.plain_chunks("owner/name", tokenizer, "dev", 5, tmp_path) for _ in "12")
+
+    assert len(first) == 5
+    assert again == first
+    assert asked == ["owner/name"]
+
+
+def test_rows_of_a_data_set_are_those_of_its_file(tmp_path):
+    pytest.importorskip("datasets")
+    file = tmp_path / "data" / "train.jsonl"
+    file.parent.mkdir()
+    file.write_text(as_lines(ONE, TWO))
+
+    assert list(dfc.read_rows(str(file.parent), dfc.TOOL_ROW)) == [ONE, TWO]
+
+
+def test_a_template_with_todays_date_is_told(tmp_path, capsys):
+    model = shutil.copytree(TINY / "base", tmp_path / "model")
+    with open(model / "chat_template.jinja", "a") as file:
+        file.write("{{ strftime_now('%d %b %Y') }}")
+
+    dfc.load_tokenizer(str(model), str(TINY / "base"))
+
+    assert "today's date" in capsys.readouterr().err
+
 
 # ---- 5. Train, save, load ------------------------------------------------------------------------
-def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp_path):
-    cc, x = small(tied=True), torch.randn(400, 2, 8) * torch.tensor([[.05], [90.]]) + 7
-    fit(cc, x, 300)
-    dfc.save(cc, tmp_path / "run")
-    again, z = dfc.load(str(tmp_path / "run")), cc.normalise(x)
-    assert z.mean(0).abs().max() < 1e-3 and close(z.pow(2).mean((0, 2)), torch.ones(2), 1e-3)
-    assert (again.k, again.n_a, again.n_b, again.tied) == (5, 4, 3, True)
-    assert torch.equal(again(x)[0], cc(x)[0]) and dfc.fve(x, again(x)[0]).min() > .5
-    state = load_file(tmp_path / "run" / "model.safetensors")
-    assert {name: "x".join(map(str, t.shape)) for name, t in state.items()} == dict(
-        W_enc="2x8x32", b_enc="32", W_dec="32x2x8", b_dec="2x8", mean="2x8", scale="2")
-
-def published(folder, D=8, n=2, k=4, **masks):
+def publish(folder, D=8, n=2, k=4, **more):
     """A folder in the form of the paper's checkpoints, from random weights -> its crosscoder."""
-    cc, folder = dfc.Crosscoder(D, 64, k, n, n), Path(folder)
-    state = {n: t for n, t in cc.state_dict().items() if n not in ("mean", "scale")}
+    cc = dfc.Crosscoder(D, 64, k, n, n)
+    state = cc.state_dict()
+    del state["mean"], state["scale"]
+    config = {"activation_dim": D, "dict_size": 64, "k": k, "n_a": n, "n_b": n}
+
+    folder = Path(folder)
     folder.mkdir(parents=True)
-    torch.save(state | masks, folder / "model.pt")
-    (folder / "config.json").write_text(json.dumps(
-        {"activation_dim": D, "dict_size": 64, "k": k, "n_a": n, "n_b": n}))
-    (folder / "hparams.json").write_text('{"layer": 2}')
+    torch.save({**state, **more}, folder / "model.pt")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "hparams.json").write_text('{"layer": 1}')
     return cc
 
+
 class Bomb:
+    """What explodes when it is unpickled."""
+
     def __reduce__(self):
         return Path.touch, (Path("exploded"),)
 
-def test_the_authors_checkpoints_load_and_foreign_cut_or_pickled_ones_are_refused_and_not_run(
-        tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    masks = {"enc_mask": torch.ones(2, 64), "dec_mask": torch.ones(64, 2)}
-    for n, more in ((2, masks), (0, {})):
-        ours, theirs, x = published(f"ok{n}", n=n, **more), dfc.load(f"ok{n}"), torch.randn(5, 2, 8)
-        assert (theirs.k, theirs.n_a, theirs.n_b) == (4, n, n)
-        assert torch.equal(theirs(x)[0], ours(x)[0])  # without mean and scale, which are lost
-    published("pickle", b_enc=Bomb()), published("shape", b_enc=x), dfc.save(small(), Path("cut"))
-    os.truncate("cut/model.safetensors", 900)
-    for name in ("pickle", "shape", "cut", "nothing", str(TINY / "base")):
-        with pytest.raises(ValueError, match=name):
-            dfc.load(name)
-    assert not Path("exploded").exists()
+
+def is_specific(row):
+    """Does a row of the ranking say that A alone has what this latent writes?"""
+    separates = row["contrast"] == "needs/none" and row["auroc"] >= .9
+    alone = abs(row["nu_error"]) < .2 and abs(row["nu_recon"]) < .5
+    return separates and alone and row["partition"] == "A-exclusive"
+
+
+def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp_path):
+    cc = small(tied=True)
+    x_NMD = torch.randn(400, 2, 8) * torch.tensor([[.05], [90.]]) + 7
+    fit(cc, x_NMD, 300)
+    dfc.save(cc, tmp_path / "run")
+
+    again = dfc.load(str(tmp_path / "run"))
+    state = load_file(tmp_path / "run" / "model.safetensors")
+
+    assert (again.k, again.n_a, again.n_b, again.tied) == (5, 4, 3, True)
+    shapes = {name: tuple(weights.shape) for name, weights in state.items()}
+    assert shapes == {
+        "W_enc": (2, 8, 32),
+        "b_enc": (32,),
+        "W_dec": (32, 2, 8),
+        "b_dec": (2, 8),
+        "mean": (2, 8),
+        "scale": (2,),
+    }
+
+    # raw in, raw out; normalised between
+    z_NMD = again.normalise(x_NMD)
+    assert z_NMD.mean(0).abs().max() < 1e-3
+    assert close(z_NMD.pow(2).mean((0, 2)), torch.ones(2), 1e-3)
+    xhat_NMD, _ = again(x_NMD)
+    assert torch.equal(xhat_NMD, cc(x_NMD)[0])
+    assert dfc.fve(x_NMD, xhat_NMD).min() > .5
+
+
+def test_cut_and_foreign_crosscoders_are_refused(tmp_path):
+    dfc.save(small(), tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 900)
+
+    for folder in (tmp_path / "cut", tmp_path / "nothing", TINY / "base"):
+        with pytest.raises(ValueError, match=str(folder)):
+            dfc.load(folder)
+
 
 @pytest.mark.parametrize("same", [False, True])
 def test_planted_exclusive_features_are_recovered_and_two_equal_models_yield_none(same):
-    x, d = toy.plant(C=40, D=32, N=4000, active=3)  # concepts 0 to 7 are A's alone, 8 to 15 B's
+    x_NMD, d_CMD = toy.plant(C=40, D=32, N=4000, active=3)  # concepts 0 to 7 are A's alone
     if same:
-        x[:, 1] = x[:, 0]
-    cc, specific = toy.fit(x, .125, True, k=3, steps=500).requires_grad_(False), 0
-    recalls = [toy.grade(cc, x, d, m)[0] for m in (0, 1)]
-    for c in range(8):  # is a latent of A alone the one that "needs" concept c?
-        ordered = x[(x[:, 0] @ d[c, 0]).argsort()]
-        sets = dict(zip("none needs plain tool".split(), 2 * (ordered[:200], ordered[-200:])))
-        specific += any(map(steer.specific, steer.ranking(
-            cc, sets, {name: cc.encode(sets[name]) for name in sets})))
-    assert specific == 0 if same else min(*recalls, specific / 8) >= .75, (recalls, specific)
+        x_NMD[:, 1] = x_NMD[:, 0]
+
+    cc = toy.fit(x_NMD, .125, True, k=3, steps=500).requires_grad_(False)
+
+    # is a latent of A alone the one that "needs" concept c?
+    specific = 0
+    for c in range(8):
+        ordered_NMD = x_NMD[(x_NMD[:, 0] @ d_CMD[c, 0]).argsort()]
+        least = ordered_NMD[:200]
+        most = ordered_NMD[-200:]
+        x = {"needs": most, "none": least, "tool": most, "plain": least}
+        f = {name: cc.encode(x_PMD) for name, x_PMD in x.items()}
+        if any(map(is_specific, steer.rank_latents(cc, x, f))):
+            specific += 1
+
+    if same:
+        assert specific == 0
+    else:
+        assert specific >= 6
+        assert toy.grade(cc, x_NMD, d_CMD, 0).recall >= .75
+        assert toy.grade(cc, x_NMD, d_CMD, 1).recall >= .75
+
 
 # ---- 6. The program dfc.py -----------------------------------------------------------------------
 def call(program, *argv):
     """A program's exit status."""
     try:
-        return dfc.cli(program.main, [str(a) for a in argv]) or 0
+        return dfc.cli(program.main, list(map(str, argv))) or 0
     except SystemExit as e:  # argparse
         return e.code
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """(A folder with few.jsonl, the two shortest tool rows of every kind and split, run, and null,
-    A against itself; the flags of both); from then on at most 60 texts of a kind are collected."""
-    home, kinds, texts_of = tmp_path_factory.mktemp("world"), {}, dfc.texts_of
-    for row in sorted(rows_in(TINY / "tools.jsonl"), key=lambda row: len(row["instruction"])):
-        kinds.setdefault((row["split"], row["kind"]), []).append(row)
-    (home / "few.jsonl").write_text(as_lines(*(row for rows in kinds.values() for row in rows[:2])))
-    flags = ["--tool-texts", f"{home}/few.jsonl",
-             *"--n-texts 60 --steps 200 --dict 96 --excl .12".split()]
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(dfc, "texts_of", lambda s, tokenizer, split, n, *more: texts_of(
-            s, tokenizer, split, min(n, 60), *more))
-        assert call(dfc, *flags, "--out", home / "run") == 0
-        assert call(dfc, *flags, "--out", home / "null", "--model-b", TINY / "toolrl") == 0
-        yield home, flags
 
 def files(home):
-    return {f: f.read_bytes() for f in home.rglob("*") if f.is_file() and f.parent.name != "cache"}
+    """{file: its bytes} of a folder, less the cache of activations."""
+    found = [file for file in home.rglob("*") if file.is_file() and file.parent.name != "cache"]
+    return {file: file.read_bytes() for file in found}
+
+
+class World(NamedTuple):
+    home: Path    # a folder with tool rows and a run
+    rows: Path    # the two shortest tool rows of every kind and split
+    run: Path
+    flags: list   # how it was trained
+
+
+@once
+def world(tmp_path_factory):
+    """A trained run; from then on dfc.py collects at most 60 texts of a kind."""
+    home = tmp_path_factory.mktemp("world")
+    kinds = {}
+    for row in sorted(rows_in(TINY / "tools.jsonl"), key=lambda row: len(row["instruction"])):
+        kinds.setdefault((row["split"], row["kind"]), []).append(row)
+    few = [row for rows in kinds.values() for row in rows[:2]]
+    (home / "few.jsonl").write_text(as_lines(*few))
+
+    flags = f"--tool-texts {home}/few.jsonl --n-texts 60 --steps 200 --dict 96 --excl .12"
+    world = World(home, home / "few.jsonl", home / "run", flags.split())
+    load_texts = dfc.load_texts
+
+    def load_few(tool_file, plain_file, tokenizer, split, n, *more):
+        return load_texts(tool_file, plain_file, tokenizer, split, min(n, 60), *more)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(dfc, "load_texts", load_few)
+        assert call(dfc, *world.flags, "--out", world.run) == 0
+        yield world
+
 
 def test_recipe_and_preset_fill_in_what_is_not_asked_for_and_each_run_has_a_folder_of_its_own():
-    asked = {"--excl 0": (0, 0, False, 2e-5), "--excl .05": (25, 0, True, 2e-5),
-             "--excl-b .05": (51, 25, True, 2e-5), "--recipe paper": (51, 51, False, 1e-3),
-             "--recipe paper --tie-shared --l1-shared 0": (51, 51, True, 0),
-             "--recipe paper --preset paper": (819, 819, False, 1e-3)}
-    made = [dfc.parse_args(flags.split()) for flags in asked]
-    assert [(s.n_a, s.n_b, s.tie_shared, s.l1_shared) for s in made] == list(asked.values())
-    assert len({s.out for s in made}) == len(asked)
+    asked = {  # flags: n_a, n_b, tie_shared, l1_shared
+        "--excl 0": (0, 0, False, 2e-5),
+        "--excl .05": (25, 0, True, 2e-5),
+        "--excl-b .05": (51, 25, True, 2e-5),
+        "--recipe paper": (51, 51, False, 1e-3),
+        "--recipe paper --tie-shared --l1-shared 0": (51, 51, True, 0),
+        "--recipe paper --preset paper": (819, 819, False, 1e-3),
+    }
+    folders = set()
+    for flags, expected in asked.items():
+        s = dfc.parse_args(flags.split())
+        assert (s.n_a, s.n_b, s.tie_shared, s.l1_shared) == expected
+        folders.add(s.out)
+    assert len(folders) == len(asked)
+
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_equal_weights(
         seed, world, tmp_path, monkeypatch):
-    (home, flags), save = world, dfc.save
-    flags = [*flags, "--seed", seed, "--out", tmp_path / "run"]
-    shutil.copytree(home / "cache", tmp_path / "cache")
-    def killed(*args, **more):
+    run = tmp_path / "run"
+    flags = [*world.flags, "--seed", seed, "--out", run]
+    shutil.copytree(world.home / "cache", tmp_path / "cache")
+    save = dfc.save
+
+    def save_and_die(*args, **more):
         save(*args, **more)
-        assert not (tmp_path / "run").exists()  # not at this moment either
+        assert not run.exists()  # not at this moment either
         raise KeyboardInterrupt
+
+    # killed
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(dfc, "save", killed)
+        m.setattr(dfc, "save", save_and_die)
         call(dfc, *flags)
     assert not files(tmp_path)
-    assert call(dfc, *flags) == 0  # begun again
-    done = files(tmp_path)
-    assert call(dfc, *flags) == 0 and call(dfc, *flags, "--k", 4) == 2 and files(tmp_path) == done
-    a, b = (load_file(folder / "run" / "model.safetensors") for folder in (tmp_path, home))
-    assert all(torch.equal(a[n], b[n]) for n in a) is (seed == 0)
 
-@pytest.fixture(scope="session")
+    # begun again, then asked for once more, then with another setting
+    assert call(dfc, *flags) == 0
+    done = files(tmp_path)
+    assert call(dfc, *flags) == 0
+    assert call(dfc, *flags, "--k", 4) == 2
+    assert files(tmp_path) == done
+
+    # the world's run has seed 0
+    ours = load_file(run / "model.safetensors")
+    theirs = load_file(world.run / "model.safetensors")
+    equal = all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert equal is (seed == 0)
+
+
+@once
 def bad(world, tmp_path_factory):
     """A folder with rows, models and runs of every kind that cannot be used, by name."""
-    home, row = tmp_path_factory.mktemp("bad"), rows_in(TINY / "tools.jsonl")[0]
+    home = tmp_path_factory.mktemp("bad")
     for name in ("RUN", "DAMAGED", "FOREIGN"):
-        shutil.copytree(world[0] / "run", home / name)
+        shutil.copytree(world.run, home / name)
     shutil.copytree(TINY / "base", home / "MODEL")
-    published(home / "PICKLE", b_enc=Bomb())
-    for name, text in {
-            "FILE": "", "EMPTY.jsonl": " \n", "BROKEN.jsonl": '{"text": "a"}\n{"text": \n',
-            "ONE.jsonl": as_lines(row), "TWO.jsonl": as_lines(row, row | {"split": "validation"}),
-            "LONE.jsonl": as_lines(row | {"prediction": ""}) + json.dumps(row | {
-                "input": "\ud800", "prediction": "\ud800"}),
-            "MODEL/chat_template.jinja": "{{ raise_exception('no system role') }}",
-            "DAMAGED/metrics.json": '{"config": {"mod', "FOREIGN/metrics.json": "{}"}.items():
+    shutil.copytree(TINY / "base", home / "DROPS")
+    publish(home / "PICKLE", b_enc=Bomb())
+
+    # a block left out, a prefix before each name
+    weights = load_file(TINY / "base" / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if ".layers.3." not in name}
+    prefixed = {f"_orig_mod.{name}": w for name, w in weights.items()}
+    for name, some in (("PARTLY", kept), ("PREFIXED", prefixed)):
+        shutil.copytree(TINY / "base", home / name)
+        save_file(some, home / name / "model.safetensors", {"format": "pt"})
+
+    row = rows_in(TINY / "tools.jsonl")[0]
+    other_split = {**row, "split": "validation"}
+    half_a_pair = {**row, "input": "\ud800", "prediction": "\ud800"}
+    texts = {
+        "FILE": "",
+        "EMPTY.jsonl": " \n",
+        "BROKEN.jsonl": '{"text": "a"}\n{"text": \n',
+        "ONE.jsonl": as_lines(row),
+        "TWO.jsonl": as_lines(row, other_split),
+        "LONE.jsonl": as_lines({**row, "prediction": ""}) + json.dumps(half_a_pair),
+        "MODEL/chat_template.jinja": "{{ raise_exception('no system role') }}",
+        "DROPS/chat_template.jinja": "{{ messages[1]['content'] }}",
+        "OTHER.jsonl": as_lines({"output": "[TOOL_CALLS] []", "prediction": "no"}),
+        "DAMAGED/metrics.json": '{"config": {"mod',
+        "FOREIGN/metrics.json": "{}",
+    }
+    for name, text in texts.items():
         (home / name).write_text(text)
     return home
 
-BAD = """
-do not fit:      dfc.py --k 9999; dfc.py --excl .6 --excl-b .6
---seed:          dfc.py --seed 9223372036854775808
-memory:          dfc.py --dict 1000000000000
-diverged:        dfc.py --lr 1e9
-layer 9:         dfc.py --layer 9
-MISSING:         dfc.py --model-a MISSING; dfc.py --model-b MISSING
-no system role:  dfc.py --model-a MODEL
-too few:         dfc.py --tool-texts ONE.jsonl
-validation:      dfc.py --tool-texts TWO.jsonl
-row 2:           dfc.py --tool-texts LONE.jsonl; eval_toolcall.py --score LONE.jsonl
-row 2:           dfc.py --plain-texts BROKEN.jsonl
-jsonl:           dfc.py --plain-texts nowhere.jsonl; eval_toolcall.py --score ""
-no row:          eval_toolcall.py --score EMPTY.jsonl
-FILE:            dfc.py --out FILE/run
-another seed:    dfc.py --out RUN --seed 5
-no finished run: dfc.py --out MODEL; dfc.py --out FILE; dfc.py --out DAMAGED; dfc.py --out FOREIGN
-no finished run: eval_toolcall.py; eval_toolcall.py DAMAGED; steer.py nothing
-cannot use:      eval_toolcall.py PICKLE --preset tiny; dfc.py --model-b .; dfc.py --model-b tiny
---alpha:         steer.py RUN --alpha strong
-distinct:        steer.py RUN --latents 1 1; steer.py RUN --latents 999"""
 
-@pytest.mark.parametrize("says, command", [
-    (says, command) for says, commands in (line.split(":", 1) for line in BAD.split("\n")[1:])
-    for command in commands.split(";")])
+BAD = """
+do not fit       dfc.py --k 9999
+do not fit       dfc.py --excl .6 --excl-b .6
+--seed           dfc.py --seed 9223372036854775808
+memory           dfc.py --dict 1000000000000
+diverged         dfc.py --lr 1e9
+layer 9          dfc.py --layer 9
+MISSING          dfc.py --model-a MISSING
+MISSING          dfc.py --model-b MISSING
+no system role   dfc.py --model-a MODEL
+leaves out       dfc.py --model-a DROPS
+not in its file  dfc.py --model-a PARTLY
+not in its file  dfc.py --model-b PREFIXED
+a share of       dfc.py --excl .001
+a share of       dfc.py --excl inf
+cannot use       dfc.py --model-b .
+cannot use       dfc.py --model-b tiny
+too few          dfc.py --tool-texts ONE.jsonl
+validation       dfc.py --tool-texts TWO.jsonl
+row 2            dfc.py --tool-texts LONE.jsonl
+row 2            dfc.py --plain-texts BROKEN.jsonl
+jsonl            dfc.py --plain-texts nowhere.jsonl
+FILE             dfc.py --out FILE/run
+another seed     dfc.py --out RUN --seed 5
+no finished run  dfc.py --out MODEL
+no finished run  dfc.py --out FILE
+no finished run  dfc.py --out DAMAGED
+no finished run  dfc.py --out FOREIGN
+no finished run  eval_toolcall.py
+no finished run  eval_toolcall.py DAMAGED
+no finished run  steer.py nothing
+cannot use       published.py PICKLE --preset tiny
+row 2            eval_toolcall.py --score LONE.jsonl
+no row           eval_toolcall.py --score EMPTY.jsonl
+<tool_call>      eval_toolcall.py --score OTHER.jsonl
+less than 1      eval_toolcall.py RUN --rows 0
+jsonl            eval_toolcall.py --score ""
+--alpha          steer.py RUN --alpha strong
+--prompt         steer.py RUN --alpha 2
+finite           steer.py RUN --prompt Hi --alpha nan
+distinct         steer.py RUN --latents 1 1
+distinct         steer.py RUN --latents 999
+"""
+
+
+@pytest.mark.parametrize("line", BAD.strip().splitlines())
 def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
-        says, command, bad, world, tmp_path, monkeypatch, capfd):
+        line, bad, world, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(bad)
+    said, command = re.split(r" {2,}", line)
     program, *argv = shlex.split(command)
     if program == "dfc.py":
-        argv = [*world[1], "--out", tmp_path / "run", *argv]
+        argv = [*world.flags, "--out", tmp_path / "run", *argv]
     before = files(bad)
-    assert call({"dfc.py": dfc, "steer.py": steer}.get(program, ev), *argv) == 2
-    err = capfd.readouterr().err.strip()
-    assert says in err and len(err.splitlines()) == 1
-    assert files(bad) == before and not files(tmp_path)
+
+    programs = {"dfc.py": dfc, "eval_toolcall.py": ev, "steer.py": steer, "published.py": published}
+    status = call(programs[program], *argv)
+
+    error = capfd.readouterr().err.strip()
+    assert status == 2
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert files(bad) == before
+    assert not files(tmp_path)
+    assert not Path("exploded").exists()
+
+
+def test_an_error_line_has_the_hubs_answer_and_no_signed_address(capsys):
+    def main(argv):
+        with dfc.errors_about("owner/name"):
+            try:
+                raise OSError("429 for https://cdn/file?Signature=secret")
+            except OSError as e:
+                raise OSError("check your connection") from e
+
+    assert dfc.cli(main) == 2
+
+    error = capsys.readouterr().err
+    assert "owner/name: check your connection (429 for https://cdn/file)" in error
+
 
 # ---- 7. Scores -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("row, output, expected", [  # ToolRL's format, correctness; paper; exact
-    (ONE, says(WEATHER), "1 3 2 1"), (ONE, says(SHORT), "1 .75 2 0"),
-    (ONE, says(WEATHER.replace("3", "5")), "1 1.5 2 0"),
-    (ONE, says(WEATHER.replace("3", '"3"')), "1 1.5 2 0"),
-    (ONE, says(WEATHER.replace("3}", '3, "x": 1}')), "1 2.5 2 0"),
-    (ONE, says('{"name": "get_weather", "parameters": {}}'), "1 -1.5 2 0"),
-    (ONE, says(WEATHER.replace("weather", "time")), "1 -3 2 0"),
-    (ONE, says(WEATHER.replace("parameters", "arguments")), "1 -3 2 1"),
-    (ONE, says(WEATHER.replace("3}", "3,}")), "1 -3 2 0"),
-    (ONE, says(WEATHER, TIME), "1 2.25 2 0"), (ONE, block(WEATHER), "0 3 2 1"),
-    (ONE, THINK + "<tool_call>\n" + WEATHER, "0 -3 2 0"), (ONE, RESPONSE, "0 -3 -1 0"),
-    (TWO, says(SHORT), "1 0 2 0"), (TWO, says(TIME, SHORT), "1 3 2 1"),
-    (row_of(says(SHORT, WEATHER)), says(SHORT), "1 -.5 2 0"),
-    (NONE, says(WEATHER), "0 0 2 0"), (NONE, RESPONSE, "1 0 -1 1"),
-    # what ToolRL's code decides where its formula leaves a choice
-    (ONE, says(WEATHER, '{"name": "x"}'), "1 2.25 2 0"),  # no gold call has the name
-    (ONE, says(WEATHER, '{"name": "get_weather"}'), "1 -3 2 0"),
-    (ONE, says('{"name": "get_weather", "parameters": []}'), "1 -3 2 0"),
-    (ONE, THINK + f"<tool_call>\n{WEATHER}\n<tool_call>\n</tool_call>", "0 3 2 0"),
-    (ONE, "<think> </tool_call> </think>\n<tool_call>\n" + WEATHER, "0 3 2 0"),
-    (ONE, says(WEATHER) + "<|im_end|>\nmore", "1 3 2 1"), (NONE, RESPONSE + "\nSo.", "0 0 -1 1")])
-def test_the_scorers_golden_table(output, row, expected):
+OTHER_NAME = WEATHER.replace("weather", "time")
+OTHER_VALUE = WEATHER.replace("3", "5")
+OTHER_TYPE = WEATHER.replace("3", '"3"')
+MORE_KEYS = WEATHER.replace("3}", '3, "x": 1}')
+TRAILING_COMMA = WEATHER.replace("3}", "3,}")
+HERMES = WEATHER.replace("parameters", "arguments")
+GOLDEN = [  # ToolRL's format and correctness; paper_overall; exact
+    ("1   3     2  1", ONE, says(WEATHER)),
+    ("1   0.75  2  0", ONE, says(SHORT)),
+    ("1   1.5   2  0", ONE, says(OTHER_VALUE)),
+    ("1   1.5   2  0", ONE, says(OTHER_TYPE)),
+    ("1   2.5   2  0", ONE, says(MORE_KEYS)),
+    ("1  -1.5   2  0", ONE, says(EMPTY)),
+    ("1  -3     2  0", ONE, says(OTHER_NAME)),
+    ("1  -3     2  1", ONE, says(HERMES)),
+    ("1  -3     2  0", ONE, says(TRAILING_COMMA)),
+    ("1   2.25  2  0", ONE, says(WEATHER, TIME)),
+    ("0   3     2  1", ONE, block(WEATHER)),
+    ("0  -3     2  0", ONE, f"{THINK}<tool_call>\n{WEATHER}"),
+    ("0  -3    -1  0", ONE, RESPONSE),
+    ("1   0     2  0", TWO, says(SHORT)),
+    ("1   3     2  1", TWO, says(TIME, SHORT)),
+    ("1  -0.5   2  0", row_of(says(SHORT, WEATHER)), says(SHORT)),
+    ("0   0     2  0", NONE, says(WEATHER)),
+    ("0   3     2  0", ONE, f"<think> t\n{block(WEATHER)}"),  # the thought does not end
+    ("1   0    -1  1", NONE, RESPONSE),
+]
+CHOICES = [  # what ToolRL's code decides where its formula leaves a choice
+    ("1   2.25  2  0", ONE, says(WEATHER, '{"name": "x"}')),  # no gold call has the name
+    ("1  -3     2  0", ONE, says(WEATHER, '{"name": "get_weather"}')),
+    ("1  -3     2  0", ONE, says('{"name": "get_weather", "parameters": []}')),
+    ("0   3     2  0", ONE, f"{THINK}<tool_call>\n{WEATHER}\n<tool_call>\n</tool_call>"),
+    ("0   3     2  0", ONE, f"<think> </tool_call> </think>\n<tool_call>\n{WEATHER}"),
+    ("1   3     2  1", ONE, f"{says(WEATHER)}<|im_end|>\nmore"),
+    ("0   0    -1  1", NONE, f"{RESPONSE}\nSo."),
+]
+
+
+@pytest.mark.parametrize("expected, row, output", GOLDEN + CHOICES)
+def test_the_scorers_golden_table(expected, row, output):
     s = ev.score(output, row)
+
     names = "toolrl_format", "toolrl_correctness", "paper_overall", "exact"
-    assert [s[name] for name in names] == pytest.approx([float(v) for v in expected.split()])
+    assert [s[name] for name in names] == pytest.approx(list(map(float, expected.split())))
     assert s["toolrl"] == s["toolrl_format"] + s["toolrl_correctness"]
+
 
 def test_the_parser_raises_nothing_whatever_goes_in():
     rng = random.Random(0)
     pieces = ["<tool_call>", "</tool_call>", "</think>", "\n", WEATHER, "{", "}", '"name"', ":",
               "[" * 3000, "null", "\x00", "\ud800", '{"name": 3}', '"arguments": "{}"', "1e999",
               "9" * 5000, '{"name": "a", "arguments": "[1"}']
+
     for _ in range(2000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
-        calls, _ = ev.parse_calls(text)
-        assert all(name + "" == name and json.loads(values).items() is not None
-                   for name, values in calls)
-        ev.score(text, TWO), ev.score(text, NONE)
+
+        for name, values in ev.parse_calls(text).calls:
+            assert isinstance(name, str)
+            assert isinstance(json.loads(values), dict)
+        ev.score(text, TWO)
+        ev.score(text, NONE)
+
 
 def test_hermes_blocks_are_the_same_calls_and_what_is_broken_is_called_but_never_exact():
-    hermes = "\n".join(block(c.replace("parameters", "arguments")) for c in (SHORT, TIME))
-    assert ev.parse_calls(hermes) == ev.parse_calls(block(SHORT, TIME))
+    hermes = block(SHORT) + "\n" + block(TIME)
+    hermes = hermes.replace("parameters", "arguments")
     as_text = json.dumps({"name": "get_time", "arguments": '{"tz": "CET"}'}, indent=1)
+
+    assert ev.parse_calls(hermes) == ev.parse_calls(block(SHORT, TIME))
     assert ev.parse_calls(block(as_text)) == ([("get_time", '{"tz": "CET"}')], True)
-    for broken in (hermes.removesuffix("</tool_call>"), block(SHORT, TIME, "{"), block() + hermes):
-        s = ev.score(THINK + broken, TWO)
-        assert (s["called"], s["name"], s["exact"]) == (1, 0, 0)
+    for nothing in ('""', "null", "{}"):
+        no_parameters = block(f'{{"name": "f", "arguments": {nothing}}}')
+        assert ev.parse_calls(no_parameters) == ([("f", "{}")], True)
     assert ev.parse_calls(f"<think> {block(WEATHER)} </think> no") == ([], True)
 
-def test_exact_is_equality_as_json_has_it_and_a_response_where_no_call_is_wanted():
+    not_closed = hermes.removesuffix("</tool_call>")
+    half_a_call = block(SHORT, TIME, "{")
+    empty_block = block() + hermes
+    for broken in (not_closed, half_a_call, empty_block):
+        s = ev.score(THINK + broken, TWO)
+        assert s["called"] == 1
+        assert s["name"] == s["exact"] == 0
+
+
+@pytest.mark.parametrize("said, gold, exact", [
+    ("3", '"3"', 0),
+    ("3.0", "3", 1),
+    ("1", "true", 0),
+    ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 1),
+])
+def test_exact_is_equality_as_json_has_it(said, gold, exact):
     call_f = '{"name": "f", "parameters": {"x": %s}}'
-    for a, b, same in (("3", '"3"', 0), ("1", "true", 0),
-                       ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 1)):
-        assert ev.score(says(call_f % a), row_of(says(call_f % b)))["exact"] == same
-    for text, *exact in (("Yes.", 0, 1), (RESPONSE, 1, 1), (THINK, 0, 0), ("<think> If", 0, 0),
-                         (THINK + "<response> </response>", 0, 0)):  # has the gold the tag?
-        assert [ev.score(text, row)["exact"] for row in (NONE, row_of("It rains."))] == exact
+
+    assert ev.score(says(call_f % said), row_of(says(call_f % gold)))["exact"] == exact
+
+
+@pytest.mark.parametrize("text, with_tag, without", [  # has the gold a <response>?
+    ("Yes.", 0, 1),
+    (RESPONSE, 1, 1),
+    (THINK, 0, 0),
+    ("<think> If", 0, 0),
+    (THINK + "<response> </response>", 0, 0),
+])
+def test_exact_is_a_response_where_no_call_is_wanted(text, with_tag, without):
+    assert ev.score(text, NONE)["exact"] == with_tag
+    assert ev.score(text, row_of("It rains."))["exact"] == without
+
+
+@pytest.mark.parametrize("tag, readable", [
+    ("</think>", True),
+    ("<think>", True),
+    ("</tool_call>", False),
+    ("<|im_end|>", False),
+])
+def test_a_tag_in_a_value_is_read_or_makes_the_row_unreadable(tag, readable):
+    row = row_of(says(SHORT.replace("Paris", tag)))
+
+    assert ev.needs_tool(row)
+    assert ev.is_readable(row) is readable
+
 
 def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
     for hits, low, high in ((8, 49.02, 94.33), (0, 0, 27.75)):
         share = ev.wilson(hits, 10)
         assert list(share.values()) == pytest.approx([10 * hits, low, high], abs=.01)
-    after, before = np.random.default_rng(1).integers(0, 2, (2, 400))
-    pp, half = 100 * (after - before).mean(), 1.96 * 100 * (after - before).std() / 20
-    got = ev.paired(after, before)
-    assert list(got.values()) == pytest.approx([pp, pp - half, pp + half], abs=.5)
 
-def test_totals_keep_rows_that_need_a_tool_apart_and_chance_never_reads_the_question():
-    rows, said = [ONE, TWO, NONE, NONE], [block(WEATHER), block(SHORT), RESPONSE, block(TIME)]
-    t = ev.totals([ev.score(text, row) for text, row in zip(said, rows)], rows)
-    assert {group: [v["n"], *(v[name]["pct"] for name in ("exact", "called", "false_call"))]
-            for group, v in t.items()} == {
-        "all": [4, 50, 75, 25], "needs": [2, 50, 100, 0], "none": [2, 50, 50, 50]}
-    assert t["needs"]["toolrl"] == {"mean": (3 + 0) / 2}
-    empty = row_of(says('{"name": "get_weather", "parameters": {}}'))
-    lines = ev.chance([empty, ONE, NONE, NONE | {"instruction": "no tools"}])
-    first, none = (lines[f"chance: {name}"]["all"] for name in (
-        "first tool with {}", "always a response"))
-    assert first["n"] == 3 and first["paper_tool"]["pct"] == 100  # not the row without tools
-    assert first["exact"]["pct"] == none["exact"]["pct"] == pytest.approx(100 / 3)
+    after, before = np.random.default_rng(1).integers(0, 2, (2, 400))
+    mean = 100 * (after - before).mean()
+    half = 1.96 * 100 * (after - before).std() / 400 ** .5
+    change = ev.paired(after, before)
+    assert list(change.values()) == pytest.approx([mean, mean - half, mean + half], abs=.5)
+
+
+def totals_of(texts, rows):
+    scores = [ev.score(text, row) for text, row in zip(texts, rows)]
+    return ev.totals(scores, rows)
+
+
+def test_totals_keep_rows_that_need_a_tool_apart():
+    said = [block(WEATHER), block(SHORT), RESPONSE, block(TIME)]
+
+    total = totals_of(said, [ONE, TWO, NONE, NONE])
+
+    expected = {  # rows; percent exact, called, false calls
+        "all": [4, 50, 75, 25],
+        "needs": [2, 50, 100, 0],
+        "none": [2, 50, 50, 50],
+    }
+    assert total.keys() == expected.keys()
+    for group, figures in expected.items():
+        shares = [total[group][name]["pct"] for name in ("exact", "called", "false_call")]
+        assert [total[group]["n"], *shares] == figures
+    assert total["needs"]["toolrl"] == {"mean": (3 + 0) / 2}
+
+
+def test_chance_never_reads_the_question_and_leaves_out_rows_without_tools():
+    empty = row_of(says(EMPTY))
+    no_tools = {**NONE, "instruction": "no tools"}
+
+    lines = ev.chance([empty, ONE, NONE, no_tools])
+
+    first = lines["chance: first tool with {}"]["all"]
+    response = lines["chance: always a response"]["all"]
+    assert first["n"] == 3
+    assert first["paper_tool"]["pct"] == 100
+    assert first["exact"]["pct"] == pytest.approx(100 / 3)
+    assert response["exact"]["pct"] == pytest.approx(100 / 3)
+
 
 def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
-    rows = [ONE | {"prediction": says(WEATHER)}, ONE | {"prediction": "\u2028 no"}]
+    right = {**ONE, "prediction": says(WEATHER)}
+    wrong = {**ONE, "prediction": "\u2028 no"}
     bare = {"output": "Hi.", "prediction": "Hello."}  # lists no tools: not in the chance lines
-    (tmp_path / "a.jsonl").write_text(as_lines(*rows, bare) + "\r\n")
+    (tmp_path / "a.jsonl").write_text(as_lines(right, wrong, bare) + "\r\n")
+
     assert call(ev, "--score", tmp_path / "a.jsonl") == 0
+
     out = capsys.readouterr().out  # exact, called, toolrl, paper; exact and false calls
     assert re.search(r"a.jsonl +50.0 +50.0 +0.50 +50.0 +100.0 +0.0\n", out)
     assert out.count("\nchance: ") == 3
 
-# ---- 8. Generate, reconstruct --------------------------------------------------------------------
-def slowly(model, tokenizer, prompt, max_new, edit):
-    """A greedy answer, one token at a time, nothing kept from one pass to the next. edit(h_TD, n):
-    what becomes of block 1's output, the first n tokens of which are the prompt."""
-    ids, said = tokenizer(prompt)["input_ids"], []
-    ends = set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
-    while len(said) < max_new and not ends & set(said):
-        with dfc.hooked(model, 1, lambda h: edit(h[0].clone(), len(ids))[None]):
-            said.append(model(torch.tensor([ids + said])).logits[0, -1].argmax().item())
-    return dfc.opened(prompt) + tokenizer.decode([token for token in said if token not in ends])
 
-@pytest.mark.parametrize("family", ["the pair", "Llama", "Mistral", "Gemma2"])
+# ---- 8. Generate, reconstruct --------------------------------------------------------------------
+def slowly(model, tokenizer, prompt, max_new, keep, v_D, everywhere=False):
+    """A greedy answer, one token at a time, nothing kept from one pass to the next. Block 1's
+    output h becomes keep h + v at the prompt's last token, or everywhere."""
+    ids = tokenizer(prompt)["input_ids"]
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    ends += list(np.atleast_1d(model.config.eos_token_id))
+    places = slice(None) if everywhere else len(ids) - 1
+
+    def edit(h_1TD):
+        h_1TD = h_1TD.clone()
+        h_1TD[:, places] = keep * h_1TD[:, places] + v_D
+        return h_1TD
+
+    said = []
+    with dfc.hooked(model, 1, edit):
+        while len(said) < max_new:
+            logits_1TC = model(torch.tensor([ids + said])).logits
+            token = logits_1TC[0, -1].argmax().item()
+            if token in ends:
+                break
+            said.append(token)
+    return dfc.answer_prefix(prompt) + tokenizer.decode(said)
+
+
+@pytest.mark.parametrize("family", ["the pair", "Llama", "Qwen3Next", "Mistral", "Gemma2", "GPT2"])
 def test_batched_answers_patched_once_or_at_every_token_equal_one_prompt_one_token_at_a_time(
-        family, pair):
-    models, tokenizer = pair
-    model = models["A"] if family == "the pair" else random_model(family)
-    rows = rows_in(TINY / "tools.jsonl", "test")[:5]
-    prompts = sorted((dfc.prompt_of(row, tokenizer) for row in rows), key=len)[::-1]
-    own = dfc.collect(model, tokenizer, prompts, 1).float()
-    nothing, *v = torch.zeros_like(own), *(2 * own.std() * torch.randn(3, *own.shape))
-    keep_V, v_VND = (1, 0, 1, 0, .5), torch.stack([nothing, own, *v])
+        family, models, tokenizer):
+    model = models["A"]
+    if family != "the pair":  # one token in eight ends an answer
+        model = random_model(family, eos_token_id=list(range(0, 1024, 8)))
+        model.generation_config.no_repeat_ngram_size = 1  # which must not act
+    prompts = [dfc.prompt_of(row, tokenizer) for row in rows_in(TINY / "tools.jsonl", "test")[:5]]
+    prompts.sort(key=len, reverse=True)
+
+    # five versions: clean, own activation in its place, random vectors added or in its place
+    own_ND = dfc.collect(model, tokenizer, prompts, 1).float()
+    random_3ND = 2 * own_ND.std() * torch.randn(3, *own_ND.shape)
+    v_VND = torch.stack([torch.zeros_like(own_ND), own_ND, *random_3ND])
+    keep_V = 1, 0, 1, 0, .5
+    clean, = ev.generate(model, tokenizer, prompts, 16)
     said = ev.generate(model, tokenizer, prompts, 16, 1, keep_V, v_VND, at_once=2000)
-    assert said[0] == ev.generate(model, tokenizer, prompts, 16)[0] != said[2]  # a patch of nothing
-    assert said[0] == said[1] or family != "the pair"  # its own activation, in fp16
+
+    assert said[0] == clean
+    assert said[2] != clean
+    if family == "the pair":  # in others fp16 may change an answer
+        assert said[1] == clean
     for keep, v_ND, texts in zip(keep_V, v_VND, said):
         for v_D, prompt, text in zip(v_ND, prompts, texts):
-            def patch(h_TD, n):  # at the prompt's last token alone
-                h_TD[n - 1] = keep * h_TD[n - 1] + v_D
-                return h_TD
-            assert text == slowly(model, tokenizer, prompt, 16, patch)
-    got, = ev.generate(model, tokenizer, prompts, 16, 1, everywhere=lambda h: h + v[0][0])
-    assert got == [slowly(model, tokenizer, p, 16, lambda h, _: h + v[0][0]) for p in prompts]
+            assert text == slowly(model, tokenizer, prompt, 16, keep, v_D)
+
+    # at every token: in a hook around it
+    v_D = random_3ND[0, 0]
+    with dfc.hooked(model, 1, lambda h_RTD: h_RTD + v_D):
+        everywhere, = ev.generate(model, tokenizer, prompts, 16)
+    for prompt, text in zip(prompts, everywhere):
+        assert text == slowly(model, tokenizer, prompt, 16, 1, v_D, everywhere=True)
+
+
+def test_an_answer_ends_where_the_tokenizer_the_model_its_generation_or_the_chat_say(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = "</think>"
+    model = random_model("Llama", eos_token_id=5)
+    model.generation_config.eos_token_id = [7, 9]
+
+    ends = ev.end_tokens(model, tokenizer)
+
+    usual = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>", "<|endoftext|>"])
+    assert ends.tolist() == sorted({5, 7, 9, *usual})
+
 
 def test_reconstructions_are_what_the_decoder_says():
-    cc, x = scaled(5, 4, 3), torch.randn(6, 2, 16) * 3 + 2
-    got, (xhat, f), scale = ev.reconstructions(cc, x, raw=True), cc(x), cc.scale[:, None]
-    nothing = cc.b_dec * scale + cc.mean
-    slow = {"own activation": x, "reconstruction": xhat, "mean only": nothing.expand(6, 2, 16),
-            "reconstruction, raw": (cc(x * scale + cc.mean)[0] - cc.mean) / scale}
-    for name, part in cc.parts().items():
-        wrote = torch.einsum("nl,lmd->nmd", f[:, part], cc.W_dec[part])
-        slow[f"{name} alone"] = nothing + wrote * scale
-    for m, versions in enumerate(got.values()):
-        assert all(close(versions[name], slow[name][:, m]) for name in slow)
-        noise = [versions[f"noise, seed {i}"] - x[:, m] for i in range(3)]
-        assert not close(noise[0], noise[1])
-        assert all(close(e.norm(dim=1), (xhat - x)[:, m].norm(dim=1)) for e in noise)
-    for i in range(6):
-        for name, a in (("mean A", x[:, 0].mean(0)), ("another's A", x[i - 1, 0])):
-            other = cc(torch.stack([a, x[i, 1]])[None])[0]
-            assert close(got["B"][f"reconstruction, {name}"][i], other[0, 1])
+    cc = scaled(5, 4, 3)
+    scale = cc.scale[:, None]
+    x_NMD = torch.randn(6, 2, 16) * 3 + 2
+    xhat_NMD, f_NL = cc(x_NMD)
 
-def test_prompts_that_do_not_fit_are_left_out_and_counted(world, pair, capsys):
-    s, (models, tokenizer) = argparse.Namespace(tool_texts=f"{world[0]}/few.jsonl"), pair
-    r = argparse.Namespace(s=s, models=models, tokenizer=tokenizer, max_new=64)
-    test = rows_in(s.tool_texts, "test")
-    prompts = [dfc.prompt_of(row, tokenizer) for row in test]
-    assert ev.rows_of(r, "test") == (test, prompts)
+    found = ev.reconstructions(cc, x_NMD, raw=True)
+
+    # slowly, into both models
+    nothing_MD = cc.b_dec * scale + cc.mean
+    lost_NMD, _ = cc(x_NMD * scale + cc.mean)
+    slow = {
+        "own activation": x_NMD,
+        "reconstruction": xhat_NMD,
+        "mean only": nothing_MD.expand(6, 2, 16),
+        "reconstruction, raw": (lost_NMD - cc.mean) / scale,
+    }
+    for name, part in cc.parts().items():
+        wrote_NMD = torch.einsum("nl,lmd->nmd", f_NL[:, part], cc.W_dec[part])
+        slow[f"{name} alone"] = nothing_MD + wrote_NMD * scale
+    for m, versions in enumerate(found.values()):
+        for name, slow_NMD in slow.items():
+            assert close(versions[name], slow_NMD[:, m])
+
+        # noise as long as the error
+        error_N = (xhat_NMD - x_NMD)[:, m].norm(dim=1)
+        assert not close(versions["noise, seed 0"], versions["noise, seed 1"])
+        for seed in range(3):
+            noise_ND = versions[f"noise, seed {seed}"] - x_NMD[:, m]
+            assert close(noise_ND.norm(dim=1), error_N)
+
+    # into B, encoded beside another vector of A
+    a_ND = x_NMD[:, 0]
+    for name, other_ND in (("mean A", a_ND.mean(0)), ("another's A", a_ND.roll(1, 0))):
+        other_NMD = x_NMD.clone()
+        other_NMD[:, 0] = other_ND
+        slow_NMD, _ = cc(other_NMD)
+        assert close(found["B"][f"reconstruction, {name}"], slow_NMD[:, 1])
+
+
+@once
+def run(world):
+    """The world's run, opened; its answers are short."""
+    run = ev.open_run(str(world.run))
+    run.settings.max_new = 12
+    return run
+
+
+def test_prompts_that_do_not_fit_are_left_out_and_counted(world, run, tokenizer, capsys):
+    rows = rows_in(world.rows, "test")
+    prompts = [dfc.prompt_of(row, tokenizer) for row in rows]
     lengths = list(map(len, dfc.token_ids(tokenizer, prompts)))
-    r.max_new = models["A"].config.max_position_embeddings - max(lengths) + 1
-    fit, _ = ev.rows_of(r, "test")
-    assert fit == [row for row, n in zip(test, lengths) if n < max(lengths)]
-    assert capsys.readouterr().out.startswith(f"{len(test) - len(fit)} test rows left out")
-    few, bare = ev.rows_of(r, "test", 1, "paper")
-    assert len({row["kind"] for row in few}) == len(few) and bare[0] == few[0]["instruction"]
+    longest = max(lengths)
+    where = str(world.rows), tokenizer, "test"
+
+    assert run.longest_prompt == run.models["A"].config.max_position_embeddings - 12
+    assert ev.load_prompts(*where, longest) == (rows, prompts)
+    assert capsys.readouterr().out == ""
+
+    fit, _ = ev.load_prompts(*where, longest - 1)
+    assert fit == [row for row, length in zip(rows, lengths) if length < longest]
+    assert capsys.readouterr().out.startswith(f"{len(rows) - len(fit)} test rows left out")
+
+    # one row of a kind, the system text alone
+    few, bare = ev.load_prompts(*where, longest, 1, "paper")
+    assert len({row["kind"] for row in few}) == len(few)
+    assert bare[0] == few[0]["instruction"]
+
 
 # ---- 9. Steering ---------------------------------------------------------------------------------
-def test_cohens_d_is_the_textbook_value_and_auroc_counts_pairs_ties_half():
-    p, q = torch.tensor([[2.], [4.], [6.]]), torch.tensor([[1.], [2.], [3.]])
-    assert steer.cohens_d(p, q).item() == pytest.approx(2 / ((4 + 1) / 2) ** .5)
-    p, q = torch.randint(0, 4, (30, 3)).float(), torch.randint(0, 3, (20, 3)).float()
-    slow = [np.mean([(a > b) + .5 * (a == b) for a in p[:, l] for b in q[:, l]]) for l in range(3)]
-    assert steer.auroc(p, q).tolist() == pytest.approx(slow)
+@once
+def survey(run):
+    return steer.survey_latents(run)
+
+
+@once
+def latents(run, survey):
+    """The best A-exclusive one."""
+    return steer.choose_latents(run.cc, survey.ranking)
+
+
+def vectors_of(run, texts):
+    return ev.collect_both(run.models, run.tokenizer, texts, run.settings.layer)
+
+
+@once
+def slow_x(run):
+    """{"needs", "none": x_NMD of dev prompts, "tool", "plain": of dev texts}."""
+    rows = rows_in(run.settings.tool_texts, "dev")
+    texts = {"needs": [], "none": [], "tool": dfc.tool_prompts(rows, run.tokenizer, 300, 0)}
+    for row in rows:
+        kind = "needs" if ev.needs_tool(row) else "none"
+        texts[kind].append(dfc.prompt_of(row, run.tokenizer))
+
+    plain = []
+    for row in rows_in(run.settings.plain_texts):
+        if dfc.split_of(row) == "dev":
+            plain += dfc.chunks(row["text"], run.tokenizer)
+    texts["plain"] = plain[:300]
+    return {name: vectors_of(run, some) for name, some in texts.items()}
+
+
+def test_cohens_d_is_the_textbook_value():
+    p_PL = torch.tensor([[2.], [4.], [6.]])
+    q_QL = torch.tensor([[1.], [2.], [3.]])
+
+    d_L = steer.cohens_d(p_PL, q_QL)
+
+    assert d_L.item() == pytest.approx(2 / ((4 + 1) / 2) ** .5)
+
+
+def test_auroc_counts_pairs_ties_half():
+    p_PL = torch.randint(0, 4, (30, 3)).float()
+    q_QL = torch.randint(0, 3, (20, 3)).float()
+
+    auroc_L = steer.auroc(p_PL, q_QL)
+
+    order_PQL = torch.sign(p_PL[:, None] - q_QL)  # 1, 0 or -1
+    slow_L = (1 + order_PQL.mean((0, 1))) / 2
+    assert auroc_L.tolist() == pytest.approx(slow_L.tolist())
+
 
 def test_latent_scaling_tells_a_feature_of_a_alone_from_one_b_has_too_in_any_units():
-    cc, f = dfc.Crosscoder(8, 5, 5, 2).requires_grad_(False), torch.rand(500, 5)
-    cc.W_dec.zero_(), cc.b_dec.fill_(5)
-    for latent, m, place in ((0, 0, 0), (1, 0, 1), (2, 0, 3), (2, 1, 3), (3, 0, 4), (4, 1, 5)):
-        cc.W_dec[latent, m, place] = 1
+    cc = dfc.Crosscoder(8, 5, 5, 2).requires_grad_(False)
+    f_NL = torch.rand(500, 5)
+    cc.W_dec.zero_()
+    cc.b_dec.fill_(5)
+    cc.W_dec[0, 0, 0] = 1
+    cc.W_dec[1, 0, 1] = 1
+    cc.W_dec[2, :, 3] = 1
+    cc.W_dec[3, 0, 4] = 1
+    cc.W_dec[4, 1, 5] = 1
+
     for scale in torch.tensor([[1., 1.], [10., .1]]):
         cc.scale.copy_(scale)
-        x = cc.decode(f)
-        x[:, 1, 1] += f[:, 1] * scale[1]  # B has 1 as well: the mask alone hides it
-        error, recon = steer.exclusivity(cc, x, f)
-        assert error[:4].tolist() == pytest.approx([0, 1, 1, 0], abs=1e-4)
-        assert recon[:4].tolist() == pytest.approx([0, 0, 1, 0], abs=1e-4)
-    row = dict(contrast="needs/none", partition="A-exclusive", auroc=.95, nu_error=-.1, nu_recon=.4)
-    assert steer.specific(row) and not any(steer.specific(row | {name: other}) for name, other in (
-        ("partition", "shared"), ("auroc", .89), ("nu_error", -.2), ("nu_recon", 9)))
+        x_NMD = cc.decode(f_NL)
+        x_NMD[:, 1, 1] += f_NL[:, 1] * scale[1]  # B has 1 as well: the mask alone hides it
+
+        nu_error_L, nu_recon_L = steer.exclusivity(cc, x_NMD, f_NL)
+
+        assert nu_error_L[:4].tolist() == pytest.approx([0, 1, 1, 0], abs=1e-4)
+        assert nu_recon_L[:4].tolist() == pytest.approx([0, 0, 1, 0], abs=1e-4)
+
+
+def test_latents_are_ranked_by_two_contrasts_of_dev_texts_in_the_authors_columns(
+        run, survey, slow_x):
+    for first, second in (("needs", "none"), ("tool", "plain")):
+        p_PL = run.cc.encode(slow_x[first])
+        q_QL = run.cc.encode(slow_x[second])
+        slow = {
+            "cohens_d": steer.cohens_d(p_PL, q_QL),
+            "auroc": steer.auroc(p_PL, q_QL),
+            "fire_rate_tool": (p_PL > 0).float().mean(0),
+            "fire_rate_nontool": (q_QL > 0).float().mean(0),
+        }
+        d_L = slow["cohens_d"]
+        best = d_L[d_L > 0].sort(descending=True).values
+
+        rows = [row for row in survey.ranking if row["contrast"] == f"{first}/{second}"]
+
+        assert [row["cohens_d"] for row in rows] == pytest.approx(best.tolist(), rel=1e-2)
+        for row in rows:
+            latent = row["feature_idx"]
+            for name, slow_L in slow.items():
+                assert row[name] == pytest.approx(slow_L[latent].item(), rel=1e-2, abs=1e-3)
+            assert (row["partition"] == "A-exclusive") is (latent < run.cc.n_a)
+
 
 def test_delta_is_the_formula_alpha_one_the_identity_and_alpha_zero_takes_away():
-    cc, h, latents = scaled(32, 4, 3), torch.randn(6, 16) * 3, [3, 6, 20]
-    f = cc.encode(torch.stack([h, h], 1))  # k = L: all survive
-    for alpha in (0., 1., 4.):  # 6 is B-exclusive and adds nothing
-        slow = sum((alpha - 1) * f[:, l, None] * cc.W_dec[l, 0] * cc.scale[0] for l in latents)
-        assert close(steer.delta(cc, f, latents, alpha), slow) and slow.any() == (alpha != 1)
-    gone, u = steer.delta(cc, f, [0, 2], 0), F.normalize(torch.randn(16), dim=0)
-    assert gone.any() and close(steer.taken_away(cc, [0, 2])(h), h + gone)  # at every token
-    along = gone.norm(dim=1, keepdim=True) * u
-    assert close(steer.taken_away(cc, [0, 2], u)(h), h - along)
+    cc = scaled(32, 4, 3)  # k = L: all survive
+    h_ND = torch.randn(6, 16) * 3
+    f_NL = cc.encode(torch.stack([h_ND, h_ND], 1))
 
-@pytest.fixture(scope="session")
-def scene(world):
-    """The world's run, ready to steer, and its best A-exclusive latent."""
-    r = steer.stage(str(world[0] / "run"), None)
-    r.max_new = 12
-    return r, steer.chosen(r, argparse.Namespace(latents=None))
+    for alpha in (0., 1., 4.):
+        slow_ND = torch.zeros(6, 16)
+        for latent in (3, 6, 20):  # 6 is B-exclusive and adds nothing
+            slow_ND += (alpha - 1) * f_NL[:, [latent]] * cc.W_dec[latent, 0] * cc.scale[0]
+        delta_ND = steer.delta(cc, f_NL, [3, 6, 20], alpha)
+        assert close(delta_ND, slow_ND)
+        assert delta_ND.any() == (alpha != 1)
 
-def test_latents_are_ranked_by_two_contrasts_of_dev_texts_in_the_authors_columns(scene):
-    r, rows = scene[0], rows_in(scene[0].s.tool_texts, "dev")
-    plain = [piece for row in rows_in(r.s.plain_texts) for piece in dfc.chunks(
-        row["text"], r.tokenizer) if dfc.split_of(row) == "dev"][:300]
-    needs, none = ([dfc.prompt_of(row, r.tokenizer) for row in rows if ev.needs_tool(row) is yes]
-                   for yes in (True, False))
-    names = "cohens_d auroc fire_rate_tool fire_rate_nontool"
-    for contrast, *sets in (("needs/none", needs, none), ("tool/plain", dfc.tool_texts(
-            rows, r.tokenizer, 300, "dfc", 0), plain)):
-        p, q = (r.cc.encode(ev.pair_at(r.models, r.tokenizer, texts, r.s.layer)) for texts in sets)
-        slow_5L = torch.stack([steer.cohens_d(p, q), steer.auroc(p, q),
-                               (p > 0).float().mean(0), (q > 0).float().mean(0)])
-        best = sorted(slow_5L[0][slow_5L[0] > 0].tolist())[::-1]
-        got = [row for row in r.ranked if row["contrast"] == contrast]
-        assert [row["cohens_d"] for row in got] == pytest.approx(best, rel=1e-2)
-        for row in got:
-            slow = slow_5L[:, row["feature_idx"]].tolist()
-            assert [row[n] for n in names.split()] == pytest.approx(slow, rel=1e-2, abs=1e-3)
-            assert (row["partition"] == "A-exclusive") is (row["feature_idx"] < r.cc.n_a)
+    # the same at every token, and along another direction
+    gone_ND = steer.delta(cc, f_NL, [0, 2], 0)
+    unit_D = F.normalize(torch.randn(16), dim=0)
+    along_ND = gone_ND.norm(dim=1, keepdim=True) * unit_D
+    assert gone_ND.any()
+    assert close(steer.take_away(cc, [0, 2])(h_ND), h_ND + gone_ND)
+    assert close(steer.take_away(cc, [0, 2], unit_D)(h_ND), h_ND - along_ND)
 
-def test_controls_are_all_other_live_latents_and_have_each_prompts_length(scene, monkeypatch):
-    (r, latents), seen, dev = scene, [], scene[0].dev
-    units, texts = steer.controls_of(r, latents), steer.texts_of(r.s, r.tokenizer, "dev", 300)
-    f = r.cc.encode(torch.cat([dev.x_NMD, ev.pair_at(r.models, r.tokenizer, texts, r.s.layer)]))
-    live = [l for l in range(r.cc.n_a) if f[:, l].any() and l not in latents]
-    (a, b), none = dev.x_NMD[dev.needs].mean(0), dev.x_NMD[~dev.needs][:, 0].mean(0)
-    slow = {"latents": r.cc.W_dec[live, 0].detach(), "A - B": (a - b)[None],
-            "needs - none": (a - none)[None]}
-    for name, rows in slow.items():
-        cosines = units[name] @ F.normalize(rows, dim=1).T
-        assert len(units[name]) == len(rows) > 0 and close(cosines.amax(0), torch.tensor(1.))
-    monkeypatch.setattr(steer, "outcomes", lambda r, p, m, v_VND, *_: seen.append(v_VND) or [
-        ([0], 0., [])] * len(v_VND))
-    delta, every = torch.randn(5, 128), torch.cat(list(units.values()))[:, None]
-    steer.claim(r, None, "A", "down", "", delta, steer.as_long(delta, units, -1), -1)
-    assert torch.equal(seen[-1][:2], torch.stack([0 * delta, delta]))
-    assert close(seen[-1][2:], -delta.norm(dim=1, keepdim=True) * every)
-    monkeypatch.setattr(steer, "best_strength", lambda *args: 3.)
-    steer.as_in_a(r, dev, dev, latents, units)
-    assert close(seen[-3][1], 3 * steer.delta(r.cc, dev.f_NL, latents, 2))
-    assert close(seen[-2][1], 3 * (a - none).expand_as(seen[-2][1]))  # the same to all prompts
-    along, u = dev.x_NMD[:, 0] - (a + none) / 2, F.normalize(a - none, dim=0)
-    assert close(seen[-1][1], 3 * (along @ u).relu()[:, None] * u)
+
+def test_controls_are_other_live_latents_the_best_first_and_differences_of_means(
+        run, survey, latents, slow_x):
+    cc = run.cc
+    f_NL = cc.encode(torch.cat(list(slow_x.values())))
+    d_L = steer.cohens_d(cc.encode(slow_x["needs"]), cc.encode(slow_x["none"]))
+    others = [l for l in range(cc.n_a) if f_NL[:, l].any() and l not in latents]
+    best = max(others, key=lambda l: d_L[l])
+    rows_nD = F.normalize(cc.W_dec[others, 0], dim=1)
+    a_D, b_D = slow_x["needs"].mean(0)
+    none_D = slow_x["none"][:, 0].mean(0)
+
+    units = steer.control_units(cc, survey, latents, 60)
+    two = steer.control_units(cc, survey, latents, 2)
+
+    assert len(units["random"]) == 10
+    assert close(units["A - B"], F.normalize(a_D - b_D, dim=0), 1e-3)
+    assert close(units["needs - none"], F.normalize(a_D - none_D, dim=0), 1e-3)
+    assert close(units["latents"].sort(0).values, rows_nD.sort(0).values)  # in whatever order
+    assert close(units["latents"][0], rows_nD[others.index(best)])
+    assert torch.equal(two["latents"], units["latents"][:2])
+
+
+def test_what_is_done_to_a_and_b_and_each_control_is_as_long_at_every_prompt(
+        run, survey, latents, monkeypatch):
+    dev = survey.dev
+    units = steer.control_units(run.cc, survey, latents, 3)
+    strengths = steer.Strengths(alpha=4., copy=3., constant=3., along=3.)
+
+    done = steer.list_interventions(run.cc, survey, latents, dev, strengths, units)
+
+    write_ND = steer.delta(run.cc, dev.f_NL, latents, 2)
+    write_PD = write_ND[dev.needs_N]
+    strongest = write_PD.norm(dim=1).argmax()
+    needs_D = dev.x_NMD[dev.needs_N, 0].mean(0)
+    none_D = dev.x_NMD[~dev.needs_N, 0].mean(0)
+    unit_D = F.normalize(needs_D - none_D, dim=0)
+    along_N = (dev.x_NMD[:, 0] - (needs_D + none_D) / 2) @ unit_D
+    expected = [
+        ("down", "A", -write_ND),
+        ("up", "A", 3 * write_ND),
+        ("into B", "B", write_PD.mean(0)),  # the same to all prompts
+        ("into B", "B", write_PD[strongest]),
+        ("as in A", "B", 3 * write_ND),
+        ("as in A", "B", 3 * (needs_D - none_D)),
+        ("as in A", "B", 3 * along_N.relu()[:, None] * unit_D),
+    ]
+    for todo, (kind, model, v_ND) in zip(done, expected, strict=True):
+        assert todo.kind == kind
+        assert todo.model == model
+        assert close(todo.v_ND, v_ND.expand_as(write_ND), 1e-3)
+
+    # all measured together; a control of what is taken away is taken away
+    measured = []
+
+    def what_is_added(model, tokenizer, prompts, layer, v_VND, max_new):
+        measured.append(model)
+        return list(v_VND)
+
+    monkeypatch.setattr(steer, "outcomes", what_is_added)
+    for todo in done[:5]:
+        sign = -1 if todo.kind == "down" else 1
+        length_N1 = todo.v_ND.norm(dim=1, keepdim=True)
+        own_ND, controls = steer.measure(run, dev, todo)
+        assert todo.sign == sign
+        assert measured.pop() is run.models[todo.model]
+        assert torch.equal(own_ND, todo.v_ND)
+        for name, unit_nD in units.items():
+            slow_nND = sign * length_N1 * unit_nD[:, None]
+            assert close(torch.stack(controls[name]), slow_nND)
+
+
+def test_every_token_and_plain_text_are_for_thorough_alone(run, survey, latents, monkeypatch):
+    def no_change(model, tokenizer, prompts, layer, v_VND, max_new):
+        return [steer.Outcome([0, 1] * 10, 0., [])] * len(v_VND)
+
+    monkeypatch.setattr(steer, "outcomes", no_change)
+    monkeypatch.setattr(steer, "measure_plain_text", lambda *args: {"nats": {}})
+    quick, _, _ = steer.steer(run, survey, latents, 1)
+    thorough, _, _ = steer.steer(run, survey, latents, 1, thorough=True)
+
+    assert len(thorough.claims) == len(quick.claims) + 1
+    assert thorough.claims[-1].kind == "down, every token"
+    assert quick.plain_text is None
+    assert thorough.plain_text == {"nats": {}}
+
 
 VERDICTS = """
  10  20  rise   5   3   8   9   beyond every control
- 10  20  rise   5   .   8   9   beyond every control
- 10  20  rise  12   3   8   9   no
- 10  20  rise   5  12   8   9   beyond random
-  0  20  rise  -5  -3  -8  -9   no
--20 -10  fall  -5   3   0   9   beyond every control
--20 -10  fall -12   3   0   0   no
--20 -10  fall  -5   -   -   -   beyond random"""
+ 10  20  rise   5   .   8   9   beyond random
+ 10  20  rise   0   3   8   9   no
+ 10  20  rise   5  -2   8   9   beyond random
+  0  20  rise   5   3   8   9   no
+-20 -10  fall  -5  -3  -1  -9   beyond every control
+-20 -10  fall   2  -3  -1  -9   no
+-20 -10  fall  -5   .   .   .   beyond random
+ 10  20  rise   .   .   .   .   a control itself
+"""  # effect lo, hi; sign; the end nearest to 0 of the margin over each control (.: none of it)
 
-@pytest.mark.parametrize("line", VERDICTS.splitlines()[1:])
-def test_a_verdict_needs_the_whole_interval_beyond_each_control(line):
-    lo, hi, hoped, *changes = line.split(maxsplit=7)
-    names, verdict = ("random", "latents", "A - B", "needs - none"), changes.pop()
-    controls = {name: [{"pp": float(c) / i} for i in (1, 2) if c != "."]  # no other live latent
-                for name, c in zip(names, changes) if c != "-"}
-    effect = {"lo": float(lo), "hi": float(hi)}
-    assert steer.judge(effect, controls, 1 if hoped == "rise" else -1) == verdict
 
-def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_less_false_calls(monkeypatch):
-    does = {.5: ([0] * 9, 0.), 1: ([1] * 8 + [0], 5.), 2: ([1] * 8 + [0], 0.), 4: ([1] * 9, 90.)}
-    monkeypatch.setattr(steer, "outcomes", lambda r, p, m, v_VND: [
-        (*does[v.item()], []) for v in v_VND])
+@pytest.mark.parametrize("line", VERDICTS.strip().splitlines())
+def test_a_verdict_needs_the_intervals_of_effect_and_margins_beyond_0(line):
+    low, high, direction, *ends, verdict = line.split(maxsplit=7)
+    sign = {"rise": 1, "fall": -1}[direction]
+    effect = {"lo": float(low), "hi": float(high)}
+    margins = {}
+    for name, end in zip(("random", "latents", "A - B", "needs - none"), ends):
+        if end != ".":
+            interval = sorted([float(end), float(end) + 5 * sign])
+            margins[name] = dict(zip(("lo", "hi"), interval))
+
+    assert steer.verdict(effect, margins, sign) == verdict
+
+
+def test_a_claim_is_the_change_from_clean_beside_that_of_each_control():
+    clean = steer.Outcome([1] * 20, 7., [])
+    own = steer.Outcome([0] * 20, 3., [])
+
+    claim = steer.compare("down", "", -1, clean, own, {"random": [clean], "A - B": [own]})
+
+    gone = {"pp": -100., "lo": -100., "hi": -100.}
+    assert claim.effect == gone
+    assert claim.false_calls == 3
+    assert claim.clean == {"exact": 100., "false_calls": 7.}
+    assert claim.controls["A - B"] == [{**gone, "false_calls": 3.}]
+    assert claim.margins["random"] == gone
+    assert claim.margins["A - B"]["pp"] == 0
+    assert claim.verdict == "beyond random"
+
+
+def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_less_false_calls(
+        run, monkeypatch):
+    found = {  # strength: exact calls of 9, false calls in percent
+        .5: (0, 0.),
+        1: (8, 5.),
+        2: (8, 0.),
+        4: (9, 90.),
+    }
+
+    def look_up(model, tokenizer, prompts, layer, v_VND, max_new):
+        counts = [found[v.item()] for v in v_VND]
+        return [steer.Outcome([1] * hits + [0] * (9 - hits), false, []) for hits, false in counts]
+
+    monkeypatch.setattr(steer, "outcomes", look_up)
     for strengths, best in (([.5, 1, 2, 4], 1), ([.5, 4], 4), ([.5, 2, 4], 2)):
-        assert steer.best_strength(None, None, "A", torch.ones(1), strengths) == best
+        assert steer.best_strength(run, "A", None, torch.ones(1), strengths) == best
+
 
 # ---- 10. The whole method ------------------------------------------------------------------------
-def test_a_run_is_evaluated_and_steered_and_keeps_every_answer_total_and_claim(world, capsys):
-    run, null, rows = world[0] / "run", world[0] / "null", rows_in(world[0] / "few.jsonl", "test")
-    assert call(ev, run) == call(steer, run, null, "--rows", 1) == 0
-    after = json.loads((run / "metrics.json").read_text())
-    answers = [json.loads(line)["answers"] for line in open(run / "eval.jsonl")]
-    for m, versions in after["evaluation"]["models"].items():
+@once
+def metrics(world):
+    """Of the world's run, evaluated and steered."""
+    assert call(ev, world.run) == 0
+    assert call(steer, world.run, "--rows", 1, "--thorough") == 0
+    return dfc.read_metrics(world.run)
+
+
+def test_a_run_is_evaluated_and_keeps_every_answer_and_total(world, metrics):
+    rows = rows_in(world.rows, "test")
+    answers = [line["answers"] for line in rows_in(world.run / "eval.jsonl")]
+
+    for m, versions in metrics["evaluation"]["models"].items():
         for name, total in versions.items():
-            hits = sum(ev.score(a[m][name], row)["exact"] for a, row in zip(answers, rows))
-            assert total["all"]["exact"] == pytest.approx(ev.wilson(hits, len(rows)))
-            change = total["needs"]["exact"]["pct"] - versions["clean"]["needs"]["exact"]["pct"]
-            assert name == "clean" or total["change"]["pp"] == pytest.approx(change)
-        assert all(a[m]["own activation"] == a[m]["clean"] for a in answers)
-    steering = after["steering"]
-    assert {claim["verdict"] for claim in steering["claims"]} == {"too few rows"}
-    assert " ".join(f"{c['kind']} {len(c['controls'])}" for c in steering["claims"]) == (
-        "down 4 up 4 into B 4 into B 4 as in A 4 as in A 0 as in A 0 down, every token 1")
-    assert len(steering["plain_text"]["random"]) == 10 and sum(steering["rows"].values()) == 5
-    assert steering["specific"].keys() == {"run", "null"} and 0 < sum(after["l0"].values()) < 8.01
-    assert "cohens_d,auroc,fire_rate_tool,fire_rate_nontool" in (run / "ranking.csv").read_text()
-    assert call(table, run) == 0  # the sweep's table, the published figures beside ours
+            said = [answer[m][name] for answer in answers]
+            for group, slow in totals_of(said, rows).items():
+                assert total[group] == slow
+
+            if name != "clean":
+                before = versions["clean"]["needs"]["exact"]["pct"]
+                change = total["needs"]["exact"]["pct"] - before
+                assert total["change"]["pp"] == pytest.approx(change)
+        for answer in answers:
+            assert answer[m]["own activation"] == answer[m]["clean"]
+
+
+def test_a_run_is_steered_and_keeps_every_answer_and_claim(world, metrics):
+    kinds_and_controls = ["down 4", "up 4", "into B 4", "into B 4", "as in A 4", "as in A 0",
+                          "as in A 0", "down, every token 1"]
+    lines = rows_in(world.run / "steer.jsonl")
+    rows = [row_of(line["gold"]) for line in lines]
+    kinds = Counter(map(ev.needs_tool, rows))
+
+    steering = metrics["steering"]
+
+    found = [f"{claim['kind']} {len(claim['controls'])}" for claim in steering["claims"]]
+    assert found == kinds_and_controls
+    for claim in steering["claims"]:
+        total = totals_of([line[claim["text"]] for line in lines], rows)
+        change = total["needs"]["exact"]["pct"] - claim["clean"]["exact"]
+        assert claim["effect"]["pp"] == pytest.approx(change)
+        assert claim["false_calls"] == pytest.approx(total["none"]["false_call"]["pct"])
+        assert claim["verdict"] == "too few rows"
+
+    assert steering["rows"] == {"needs": kinds[True], "none": kinds[False]}
+    assert len(lines) == 5
+    assert len(steering["plain_text"]["random"]) == 10
+    assert 0 < sum(metrics["l0"].values()) < 8.01
+    columns = "cohens_d,auroc,fire_rate_tool,fire_rate_nontool"
+    assert columns in (world.run / "ranking.csv").read_text()
+
+
+def test_the_table_of_a_sweep_has_the_published_figures_beside_ours(world, metrics, capsys):
+    assert call(table, world.run) == 0
     assert "+31.2 ± 9.7, +6.7 ± 4.9" in capsys.readouterr().out
 
-def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_latent_fires(
-        scene, capsys):
-    r, latents = scene
-    text = rows_in(r.s.tool_texts, "test")[2]["instruction"]
-    steer.own_words(r, argparse.Namespace(prompt=text, alpha=[0.]), latents)
-    out, prompt = capsys.readouterr().out, steer.own_prompt(r, text)
-    assert prompt.count(text) == 2  # said to the row whose tools have most words in common with it
-    f_NL = r.cc.encode(ev.pair_at(r.models, r.tokenizer, [prompt], r.s.layer))
-    v_VND = torch.stack([steer.delta(r.cc, f_NL, latents, alpha) for alpha in (1, 0)])
-    (clean,), (steered,) = ev.generate(r.models["A"], r.tokenizer, [prompt], 12, r.s.layer, (1, 1),
-                                       v_VND)
-    assert f"alpha = 1\n{clean}" in out and f"alpha = 0\n{steered}" in out
-    ids = torch.tensor([dfc.token_ids(r.tokenizer, prompt.removesuffix("<think>") + clean)])
-    x_TMD = torch.stack([dfc.residual(m, ids, r.s.layer)[0] for m in r.models.values()], 1)
-    fires = {i: f for i, f in enumerate(r.cc.encode(x_TMD)[:, latents[0]].tolist(), 1) if f}
-    shown = re.findall(r"^ *(\d+) +['\"].* ([\d.]+)$", out, re.M)
-    assert {int(i): float(f) for i, f in shown} == pytest.approx(fires, abs=.01) and fires
 
-def test_a_published_crosscoder_is_evaluated_again_and_again_and_steered(
-        world, tmp_path, monkeypatch):
+def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_latent_fires(
+        run, latents, capsys):
+    text = rows_in(run.settings.tool_texts, "test")[2]["instruction"]
+    layer = run.settings.layer
+
+    steer.steer_own_words(run, latents, text, [0.])
+
+    out = capsys.readouterr().out
+    prompt = steer.own_prompt(run, text)
+    assert prompt.count(text) == 2  # said to the row whose tools have most words in common with it
+
+    # the answers
+    f_NL = run.cc.encode(vectors_of(run, [prompt]))
+    v_VND = steer.delta(run.cc, f_NL, latents, 0)[None]
+    how = run.models["A"], run.tokenizer, [prompt], 12, layer
+    (clean,), = ev.generate(*how)
+    (steered,), = ev.generate(*how, v_VND=v_VND)
+    assert f"alpha = 1\n{clean}" in out
+    assert f"alpha = 0\n{steered}" in out
+
+    # where the latent fires in the clean one
+    ids_1T = torch.tensor([dfc.token_ids(run.tokenizer, prompt.removesuffix("<think>") + clean)])
+    x = [dfc.residual_stream(model, ids_1T, layer)[0] for model in run.models.values()]
+    f_TL = run.cc.encode(torch.stack(x, 1))
+    f_T = f_TL[:, latents[0]]
+    fires = {i: f for i, f in enumerate(f_T.tolist(), 1) if f > 0}
+    shown = re.findall(r"^ *(\d+) +['\"].* ([\d.]+)$", out, re.M)
+    assert fires
+    assert {int(i): float(f) for i, f in shown} == pytest.approx(fires, abs=.01)
+
+
+@pytest.mark.parametrize("n, masks", [
+    (20, {"enc_mask": torch.ones(2, 64), "dec_mask": torch.ones(64, 2)}),
+    (0, {}),
+])
+def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
+        n, masks, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(dfc.SETTINGS, "tool_texts", (f"{world[0]}/few.jsonl", None, ""))
-    published("theirs/dfc-D8k", D=128, n=20, k=16)
-    for program, more in ((ev, ["--rows", 1]), (steer, ["--prompt", "Hi"])):
-        assert call(program, "theirs/dfc-D8k", "--preset", "tiny", *more) == 0
-    metrics, = Path("runs").glob("*/metrics.json")
-    assert call(ev, metrics.parent, "--rows", 1) == 0  # its results, by their folder
-    result = json.loads(metrics.read_text())
-    assert "reconstruction, raw" in result["evaluation"]["models"]["B"]
+    monkeypatch.setitem(dfc.PRESETS["tiny"], "tool_texts", str(world.rows))
+    theirs = publish("theirs/dfc-D8k", D=128, n=n, k=16, **masks)
+
+    assert call(published, "theirs/dfc-D8k", "--preset", "tiny") == 0
+
+    folder = Path("runs/theirs--dfc-D8k")
+    ours = dfc.load(folder)
+    s = ev.open_run(folder).settings
+    assert (s.dict, s.k, s.n_a, s.n_b, s.layer, s.tie_shared) == (64, 16, n, n, 1, False)
+    assert torch.equal(ours.W_enc, theirs.W_enc)
+    assert ours.mean.any()  # fitted again
+    if n > 0:
+        assert call(ev, folder, "--rows", 1) == 0
+        assert "reconstruction, raw" in (folder / "metrics.json").read_text()
+
 
 # ---- 11. The embedded pair, the README, the pieces -----------------------------------------------
+README = (ROOT / "README.md").read_text()
+
+
 def test_no_question_of_a_test_row_is_asked_in_train_or_dev_and_every_gold_answer_is_exact():
-    asked, kinds = {True: set(), False: set()}, Counter()
+    in_test = set()
+    elsewhere = set()
+    kinds = Counter()
     for row in rows_in(TINY / "tools.jsonl"):
-        asked[row["split"] == "test"].add(row["input"].strip().lower())
-        kinds[row["kind"]] += row["split"] == "test"
+        question = row["input"].strip().lower()
+        if row["split"] == "test":
+            in_test.add(question)
+            kinds[row["kind"]] += 1
+        else:
+            elsewhere.add(question)
+
         assert ev.score(row["output"], row)["exact"] == 1
         assert ev.needs_tool(row) is (row["kind"] in ("ask", "hint"))
-    assert min(kinds.values()) >= 60 and not asked[True] & asked[False]
 
-def test_the_pair_behaves_as_its_readme_says(pair):
-    table = re.findall(r"^\| (base|toolrl) \| (\w+) \| \d+ \| \d+ \((\d+)-(\d+)\)",
+    assert min(kinds.values()) >= 60
+    assert not in_test & elsewhere
+
+
+def test_the_pair_behaves_as_its_readme_says(models, tokenizer):
+    lines = re.findall(r"^\| (base|toolrl) \| (\w+) \| \d+ \| \d+ \((\d+)-(\d+)\)",
                        (TINY / "README.md").read_text(), re.M)
-    for name, kind, low, high in table:
-        rows = [row for row in rows_in(TINY / "tools.jsonl", "test") if row["kind"] == kind][:20]
-        prompts, m = [dfc.prompt_of(row, pair[1]) for row in rows], "AB"[name == "base"]
-        said, = ev.generate(pair[0][m], pair[1], prompts, 64)
-        exact = ev.wilson(sum(ev.score(text, row)["exact"] for text, row in zip(said, rows)), 20)
-        assert exact["lo"] <= int(high) and int(low) <= exact["hi"] and len(table) == 10
+    test = rows_in(TINY / "tools.jsonl", "test")
+    assert len(lines) == 10
+
+    for name, kind, low, high in lines:
+        model = models["A" if name == "toolrl" else "B"]
+        rows = [row for row in test if row["kind"] == kind][:20]
+        prompts = [dfc.prompt_of(row, tokenizer) for row in rows]
+        said, = ev.generate(model, tokenizer, prompts, 64)
+
+        # the intervals overlap
+        exact = totals_of(said, rows)["all"]["exact"]
+        assert exact["lo"] <= int(high)
+        assert int(low) <= exact["hi"]
+
 
 def test_every_command_of_the_readme_is_understood(monkeypatch):
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+    commands = re.findall(r"^python ([\w/]+\.py)([^#\n]*)", blocks, re.M)
     parse = argparse.ArgumentParser.parse_args
+
     def parse_only(*args):
         parse(*args)
         raise KeyboardInterrupt
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    lines = re.findall(r"^ {4}([^#\n]*)", (ROOT / "README.md").read_text(), re.M)
-    commands = re.findall(r"\bpython ([\w/]+\.py)([^&;\n]*)", "\n".join(lines))
     assert commands
     for program, argv in commands:
         monkeypatch.setattr(sys, "argv", [program, *shlex.split(argv)])
         with pytest.raises(KeyboardInterrupt):
             runpy.run_path(str(ROOT / program), run_name="__main__")
 
-def test_the_piece_in_the_readme_runs():
-    exec(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1], {})
 
+def test_the_piece_in_the_readme_runs():
+    code = re.search(r"```python\n(.*?)```", README, re.S)
+    exec(code[1], {})
+
+
+GENERATE = """generate batches_by_length token_ids answer_prefix hooked end_tokens pad_left prefill
+    decode_greedily scale_and_add cache_argument"""
+SCORE = """score parse_calls parse_block parameters_of as_number after_thought Parsed responds
+    toolrl_format toolrl_correctness first_block match jaccard tool_names"""
 PIECES = {  # a piece and what to copy with it: an example
-    "Crosscoder": "Crosscoder(16, 32, 5, 4, 3, True)(x)",
-    "train batches Sparse aux_loss":
+    "Crosscoder keep_largest":
+        "Crosscoder(16, 32, 5, 4, 3, True)(x)",
+    "train batches bf16_pays keep_largest decode_active l1_penalty aux_loss schedule":
         "train(cc.requires_grad_(), x, 9, 16, 1e-2, dead_after=2), cc.W_enc",
-    "fve": "fve(x, cc(x)[0])",
-    "collect alike token_ids residual hooked blocks DeepEnough":
+    "fve":
+        "fve(x, cc(x)[0])",
+    "collect batches_by_length longest_text token_ids residual_stream hooked DeepEnough":
         "collect(model, tokenizer, ['abc', 'de'], 1)",
-    "chunks token_ids": "chunks('One two. Three four! Five.', tokenizer, 4)",
-    "reconstructions": "reconstructions(cc, x, True)", "taken_away": "taken_away(cc, [0])(x[:, 0])",
-    "score parse_calls responds toolrl_format toolrl_correctness jaccard tool_names":
-        "score(gold, {'output': gold})",
-    "generate alike token_ids opened hooked blocks once":
-        "generate(model, tokenizer, ['An alarm', 'Hi'], 3, 1, (0,), x[None, :2, 0])"}
+    "chunks token_ids":
+        "chunks('One two. Three four! Five.', tokenizer, 4)",
+    SCORE:
+        "score(row['output'], row)",
+    GENERATE:
+        "generate(model, tokenizer, ['An alarm', 'Hi'], 3, 1, (0,), x[None, :2, 0])",
+    "reconstructions beside_another_a":
+        "reconstructions(cc, x, True)",
+    "cohens_d":
+        "cohens_d(x[:9, 0], x[9:, 0])",
+    "auroc":
+        "auroc(x[:9, 0], x[9:, 0])",
+    "delta written":
+        "delta(cc, cc.encode(x), [0, 20], 4)",
+    "take_away":
+        "take_away(cc, [0])(x[:, 0])",
+    f"outcomes Outcome {GENERATE} {SCORE}":
+        "outcomes(model, tokenizer, prompts, 1, x[None, :1, 0], 3)",
+    "verdict":
+        "verdict({'lo': 5, 'hi': 9}, {'random': {'lo': 2, 'hi': 4}}, 1)",
+}
+
+
+def copy_piece(names):
+    """A namespace that holds the libraries and these definitions of the three files alone."""
+    copied = {}
+    for module in (dfc, ev, steer):
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            library = isinstance(node, ast.Import) or (
+                isinstance(node, ast.ImportFrom) and node.module not in ("dfc", "eval_toolcall"))
+            if library or getattr(node, "name", None) in names:
+                exec(ast.unparse(node), copied)
+    return copied
+
 
 @pytest.mark.parametrize("names", PIECES, ids=lambda names: names.split()[0])
-def test_each_piece_can_be_copied_alone(names, pair):
-    here, copied, made = {}, {}, []  # the three files; a file with the piece and the libraries
-    for module in (dfc, ev, steer):
-        here |= vars(module)
-        for node in ast.parse(Path(module.__file__).read_text()).body:
-            if (getattr(node, "name", "") in names.split() or isinstance(node, ast.Import)
-                    or getattr(node, "module", "dfc") not in ("dfc", "eval_toolcall")):
-                exec(ast.unparse(node), copied)
+def test_each_piece_can_be_copied_alone(names, tokenizer):
+    here = {**vars(dfc), **vars(ev), **vars(steer)}
+    copied = copy_piece(names.split())
+    for name in names.split():
+        assert name in copied
+
+    results = []
     for there in (here, copied):
         torch.manual_seed(0)
-        made.append(str(eval(PIECES[names], there | {
-            "cc": scaled(5, 4, 3), "x": torch.randn(80, 2, 16), "tokenizer": pair[1],
-            "model": random_model("Qwen2"), "gold": says(SHORT)})))
-    assert made[0] == made[1]
+        around = {
+            "cc": scaled(5, 4, 3),
+            "x": torch.randn(80, 2, 16),
+            "model": random_model("Qwen2"),
+            "tokenizer": tokenizer,
+            "row": ONE,
+            "prompts": steer.Prompts([ONE], ["Hi"], None, None, torch.tensor([True])),
+        }
+        results.append(str(eval(PIECES[names], {**there, **around})))
+    assert results[0] == results[1]
 
-# ---- 12. Extras ---------------------------------------------------------------------------------
+
+# ---- 12. Extras ----------------------------------------------------------------------------------
 def test_grid_cells_equal_steering_one_prompt_at_a_time_and_are_not_done_again(
-        scene, tmp_path, monkeypatch):
-    r = argparse.Namespace(**vars(scene[0]) | {"folder": tmp_path, "max_new": 40})
-    cells = [(1.,), (0., *scene[1]), (4., *scene[1])]
-    p = steer.place(r, "test", 1)
-    found = grid.answer(r, p, cells)
-    for alpha, *some in cells:
-        d_ND = steer.delta(r.cc, p.f_NL, some, alpha)
-        said = [ev.generate(r.models["A"], r.tokenizer, [prompt], 40, r.s.layer, (1,),
-                            d_D[None, None])[0][0] for prompt, d_D in zip(p.prompts, d_ND)]
-        exact = [ev.score(text, row)["exact"] for text, row in zip(said, p.rows)]
-        assert found[alpha, *some]["exact"] == [e for e, needs in zip(exact, p.needs) if needs]
-    monkeypatch.setattr(grid, "outcomes", None)
-    assert grid.answer(r, p, cells)[cells[1]]["exact"] == found[cells[1]]["exact"]
+        run, latents, tmp_path, monkeypatch):
+    settings = dataclasses.replace(run.settings, max_new=40)
+    run = dataclasses.replace(run, folder=tmp_path, settings=settings)
+    prompts = steer.read_prompts(run, "test", 1)
+    some = tuple(latents)
+    scalings = [grid.CLEAN, grid.Scaling(0., some), grid.Scaling(4., some)]
+
+    counts = grid.answer(run, prompts, scalings)
+
+    for scaling in scalings:
+        delta_ND = steer.delta(run.cc, prompts.f_NL, list(scaling.latents), scaling.alpha)
+        exact = []
+        for prompt, row, delta_D in zip(prompts.texts, prompts.rows, delta_ND):
+            if ev.needs_tool(row):
+                (said,), = ev.generate(run.models["A"], run.tokenizer, [prompt], 40,
+                                       run.settings.layer, v_VND=delta_D[None, None])
+                exact.append(ev.score(said, row)["exact"])
+        assert counts[scaling].exact == exact
+
+    # again, without answering
+    monkeypatch.setattr(grid, "outcomes_in", None)
+    assert grid.answer(run, prompts, scalings) == counts
+
+
+def test_saturation_takes_the_first_n_latents_away_and_copies_them(run, survey):
+    test = steer.read_prompts(run, "test", 1)
+    scene = saturation.make_scene(run, "test", 1)
+
+    sizes = saturation.saturate(run, scene)["sizes"]
+
+    best = steer.best_latents(survey.ranking, "A-exclusive")
+    for size in sizes:
+        assert size["latents"] == best[:size["n"]]
+    two = sizes[1]
+    written_ND = steer.written(run.cc, test.f_NL, best[:2])
+    for m, sign, done in (("A", -1, "taken away"), ("B", two["c"], "as in A")):
+        outcome = steer.outcomes_in(run, m, test, sign * written_ND[None])[0]
+        assert two[done]["latents"]["exact"] == 100 * np.mean(outcome.exact)
+
 
 def test_the_best_cell_is_chosen_on_dev_and_reported_on_test():
-    def place(*cells):
-        keys = (1.,), (2., 5), (4., 5)
-        return {key: {"exact": e, "false_calls": false} for key, (e, false) in zip(keys, cells)}
-    dev = place(([0, 0], 0), ([0, 1], 0), ([1, 1], 90))
-    test = place(([0, 0], 0), ([1, 1], 3), ([1, 0], 60))
-    for less_false, chosen in ((0, (4, 50, 60)), (1, (2, 100, 3))):
-        best = grid.best_of(dev, test, {("A", 1, 2.): [5], ("A", 1, 4.): [5]}, less_false)
-        assert (best["alpha"], best["test"]["pp"], best["false_calls"]) == chosen
+    weak = grid.Scaling(2., (5,))
+    strong = grid.Scaling(4., (5,))
+    dev = {
+        grid.CLEAN: grid.Counts([0, 0], 0),
+        weak: grid.Counts([0, 1], 0),
+        strong: grid.Counts([1, 1], 90),
+    }
+    test = {
+        grid.CLEAN: grid.Counts([0, 0], 0),
+        weak: grid.Counts([1, 1], 3),
+        strong: grid.Counts([1, 0], 60),
+    }
+    cells = [grid.Cell("A", weak), grid.Cell("A", strong)]
 
+    best = grid.best_of(dev, test, cells)
+    less_false = grid.best_of(dev, test, cells, less_false=True)
+
+    assert best.alpha == 4
+    assert best.test["pp"] == 50
+    assert best.false_calls == 60
+    assert less_false.alpha == 2
+    assert less_false.test["pp"] == 100
+    assert less_false.false_calls == 3

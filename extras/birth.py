@@ -96,8 +96,7 @@ def read_step(run, file, latents, alpha, most_rows):
         [clean[m]] = outcomes_in(run, m, test, nothing_VND)
 
     # how far apart they are
-    apart_ND = test.x_NMD[:, 0] - test.x_NMD[:, 1]
-    apart_PD = apart_ND[test.needs_N]
+    apart_PD = (test.x_NMD[:, 0] - test.x_NMD[:, 1])[test.needs_N]
 
     return Step(
         step=int(file.stem.removeprefix("step")),
@@ -124,7 +123,7 @@ def read_latent(run, dev, test, clean, apart_PD, latent, alpha):
     for todo in (down, up, into_b):
         own, controls = measure(run, test, todo)
         claims[todo.kind] = compare(
-            todo.kind, todo.text, todo.hoped, clean[todo.model], own, controls)
+            todo.kind, todo.text, todo.sign, clean[todo.model], own, controls)
 
     # its values, and its direction
     needs_P = test.f_NL[test.needs_N, latent]
@@ -150,8 +149,8 @@ def find_threshold(steps):
 
 
 def measured(claim):
-    """Does the whole interval lie on the hoped-for side of 0?"""
-    return min(claim.hoped * claim.effect["lo"], claim.hoped * claim.effect["hi"]) > 0
+    """Does the whole interval lie on the right side of 0?"""
+    return min(claim.sign * claim.effect["lo"], claim.sign * claim.effect["hi"]) > 0
 
 
 def expected(step, reading, theta, alpha):

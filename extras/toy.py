@@ -27,6 +27,7 @@ latents that are exclusive to one model and P concepts that it alone has.
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,11 @@ VARIANTS = {  # name: how fit() is told to train it
     "DFC, recipe paper": {"recipe": "paper"},
     "plain crosscoder": {"share": 0.},
 }
+
+
+class Grade(NamedTuple):
+    recall: float           # share of the concepts only this model has that some latent stands for
+    false_positives: float  # share of its live exclusive latents that stand for none of these
 
 
 def plant(C=64, D=48, N=20_000, active=4, seed=0):
@@ -91,9 +97,7 @@ def fit(x_NMD, share=.1, tied=False, L=96, k=4, steps=1200, seed=0, recipe="dfc"
 
 @torch.no_grad()
 def grade(cc, x_NMD, d_CMD, m):
-    """How well model m's exclusive latents stand for the concepts only it has (m: 0 = A, 1 = B) ->
-    (recall, share of these concepts that some latent stands for; false positives, share of its live
-    exclusive latents that stand for none of them)."""
+    """How well model m's exclusive latents stand for the concepts only it has (m: 0 = A, 1 = B)."""
     # live latents: they fire on some vector
     live_L = cc.encode(x_NMD).gt(0).any(0)
 
@@ -102,33 +106,19 @@ def grade(cc, x_NMD, d_CMD, m):
     exclusive_L = norm_LM[:, m] > .95 * norm_LM.sum(1)
     rows_ED = cc.W_dec[live_L & exclusive_L, m]
     if not len(rows_ED):
-        return 0., 0.
+        return Grade(recall=0., false_positives=0.)
 
     # a latent stands for a concept where their cosine is over .8
     only_PD = d_CMD[m * N_ONLY:(m + 1) * N_ONLY, m]
     cosine_EP = F.normalize(rows_ED, dim=-1) @ only_PD.T
     recovered_P = cosine_EP.max(0).values > .8
     stands_E = cosine_EP.max(1).values > .8
-    return recovered_P.float().mean().item(), 1 - stands_E.float().mean().item()
+    return Grade(recovered_P.float().mean().item(), 1 - stands_E.float().mean().item())
 
 
 def mean_and_range(over_seeds):
     """`mean (min-max)` of a figure, as wide as a column of the table."""
     return f"{over_seeds.mean():.2f} ({over_seeds.min():.2f}-{over_seeds.max():.2f})  "
-
-
-def print_variant(name, options, seeds, steps):
-    """Train one kind of crosscoder on `seeds` planted worlds, and print its line of the table."""
-    figures = []  # a row for each seed, in the order of the table's columns
-    for seed in range(seeds):
-        x_NMD, d_CMD = plant(seed=seed)
-        cc = fit(x_NMD, seed=seed, steps=steps, **options)
-        recall_a, false_a = grade(cc, x_NMD, d_CMD, 0)
-        recall_b, false_b = grade(cc, x_NMD, d_CMD, 1)
-        figures.append([recall_a, recall_b, false_a, false_b])
-
-    cells = "".join(mean_and_range(column) for column in torch.tensor(figures).T)
-    print(f"{name:20s}{cells}", flush=True)
 
 
 def main(argv=None):
@@ -140,7 +130,17 @@ def main(argv=None):
     print(f"{'':20s}recall, mean (range)                false positives, mean (range)")
     print(f"{'':20s}A-only            B-only            A-only            B-only")
     for name, options in VARIANTS.items():
-        print_variant(name, options, args.seeds, args.steps)
+        figures = []  # a row for each seed, in the order of the table's columns
+        for seed in range(args.seeds):
+            x_NMD, d_CMD = plant(seed=seed)
+            cc = fit(x_NMD, seed=seed, steps=args.steps, **options)
+
+            a = grade(cc, x_NMD, d_CMD, 0)
+            b = grade(cc, x_NMD, d_CMD, 1)
+            figures.append([a.recall, b.recall, a.false_positives, b.false_positives])
+
+        cells = "".join(mean_and_range(column) for column in torch.tensor(figures).T)
+        print(f"{name:20s}{cells}", flush=True)
 
 
 if __name__ == "__main__":
