@@ -20,29 +20,25 @@ breaks transformers:
     pip install -c requirements.txt dictionary-learning eai-sparsify; pip uninstall torchvision
 
 Shapes as in dfc.py: N vectors, B of a batch, M = 2 models, D width, L latents, k active ones, T
-tokens, E both vectors of a pair laid end to end; V versions of an answer.
+tokens, E both vectors of a pair laid end to end.
 """
 
 import argparse
 import contextlib
-import math
 import os
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 import dfc
 import eval_toolcall as ev
-import steer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -50,14 +46,6 @@ if DEVICE == "cpu":
 
 
 # ---- 1. Clocks -----------------------------------------------------------------------------------
-
-class Contender(NamedTuple):
-    """Something whose time is taken."""
-
-    name: str
-    act: Callable
-    parts: int    # how many steps, texts or answers act() does
-
 
 def seconds(act):
     """How long act() takes, with what it left on the GPU."""
@@ -69,43 +57,25 @@ def seconds(act):
 
 
 def race(title, contenders, turns=5):
-    """Print the milliseconds of one part of each, in turns; the first turn only warms up."""
-    times = {contender.name: [] for contender in contenders}
+    """Print the milliseconds of one part of each, in turns; the first turn only warms up.
+    contenders: {name: (a function, how many steps, texts or answers it does)}."""
+    times = {name: [] for name in contenders}
     for turn in range(turns + 1):
-        for name, act, parts in contenders:
+        for name, (act, parts) in contenders.items():
             spent = 1e3 * seconds(act) / parts
             if turn > 0:
                 times[name].append(spent)
 
     print(f"\n{title}")
-    first = statistics.median(times[contenders[0].name])
+    first = None
     for name, spent in times.items():
         median = statistics.median(spent)
+        first = first or median
         print(f"  {name:40s}{median:9.1f} ms ({min(spent):.1f}-{max(spent):.1f})  "
               f"{median / first:.2f} x", flush=True)
 
 
 # ---- 2. Training ---------------------------------------------------------------------------------
-
-def published_step(cc, opt, x_NMD, batch):
-    """A step of the published loop -> (variance of the error, latents active), for its log."""
-    index_B = torch.randint(len(x_NMD), (batch,), device=DEVICE)
-    x_BMD = x_NMD[index_B].float()
-
-    # forward, backward, step
-    xhat_BMD, f_BL = cc(x_BMD)
-    loss = (x_BMD - xhat_BMD).pow(2).mean() + 1e-3 * f_BL.abs().mean()
-    opt.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(cc.parameters(), 1.)
-    opt.step()
-
-    # statistics
-    with torch.no_grad():
-        xhat_BMD, f_BL = cc(x_BMD)
-        active_B = f_BL.gt(0).sum(1).float()
-        return (x_BMD - xhat_BMD).var().item(), active_B.mean().item()
-
 
 def published_training(x_NMD, L, k, batch, n):
     """n steps of the published loop, as a function."""
@@ -114,24 +84,40 @@ def published_training(x_NMD, L, k, batch, n):
 
     def act():
         for _ in range(n):
-            published_step(cc, opt, x_NMD, batch)
+            x_BMD = x_NMD[torch.randint(len(x_NMD), (batch,), device=DEVICE)].float()
+
+            # forward, backward, step
+            xhat_BMD, f_BL = cc(x_BMD)
+            loss = (x_BMD - xhat_BMD).pow(2).mean() + 1e-3 * f_BL.abs().mean()
+            opt.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(cc.parameters(), 1.)
+            opt.step()
+
+            # for its log: variance of the error, latents active
+            with torch.no_grad():
+                xhat_BMD, f_BL = cc(x_BMD)
+                (x_BMD - xhat_BMD).var().item()
+                f_BL.gt(0).sum(1).float().mean().item()
     return act
 
 
 def our_training(x_NMD, L, k, batch, n, **how):
     """n steps of ours, as a function."""
     cc = dfc.Crosscoder(x_NMD.shape[2], L, k, L // 10, tied=True).to(DEVICE)
+    cc.fit_scale(x_NMD)
+    cc.fair_start(x_NMD[:4096])
     return lambda: dfc.train(cc, x_NMD, n, batch, **how)
 
 
 def other_libraries(x_NMD, L, k, batch):
-    """A step of each as a Contender, if both are installed."""
+    """A step of each as a contender, if both are installed."""
     try:
         from dictionary_learning.trainers.top_k import TopKTrainer
         from sparsify import SparseCoder, SparseCoderConfig
     except ImportError as e:
         print(f"\nother libraries left out: {e}")
-        return []
+        return {}
     x_BE = x_NMD[:batch].flatten(1)
     width = x_BE.shape[1]
     trainer = TopKTrainer(10 ** 6, width, L, k, 0, "", lr=1e-4, seed=0, device=DEVICE)
@@ -147,36 +133,36 @@ def other_libraries(x_NMD, L, k, batch):
         opt.step()
         opt.zero_grad()
 
-    return [Contender("dictionary-learning, TopKTrainer", lambda: trainer.update(2000, x_BE), 1),
-            Contender("eai-sparsify, SparseCoder", sparsify_step, 1)]
+    return {"dictionary-learning, TopKTrainer": (lambda: trainer.update(2000, x_BE), 1),
+            "eai-sparsify, SparseCoder": (sparsify_step, 1)}
 
 
-def whole_runs(s, sample):
-    """What python dfc.py does with these settings, with and without bf16, in turns with `sample`
-    steps of the published loop."""
-    tokenizer = AutoTokenizer.from_pretrained(s.model_a)
+def training_texts(s, tokenizer, n):
+    """n tool texts, of which the first half are whole prompts, then n plain ones."""
     tool_texts, plain_texts = dfc.load_texts(
-        s.tool_texts, s.plain_texts, tokenizer, "train", s.n_texts, "runs/cache")
-    x_NMD = dfc.collect_pair(s.model_a, s.model_b, tool_texts + plain_texts, s.layer, "runs/cache",
-                             DEVICE).to(DEVICE)
-    published = published_training(x_NMD, s.dict, s.k, s.batch, sample)
+        s.tool_texts, s.plain_texts, tokenizer, "train", n, "runs/cache")
+    return tool_texts + plain_texts
 
-    def ours():
-        cc = dfc.Crosscoder(x_NMD.shape[2], s.dict, s.k, s.n_a, s.n_b, s.tie_shared).to(DEVICE)
-        cc.fit_scale(x_NMD)
-        cc.fair_start(x_NMD[:4096])
-        dfc.train(cc, x_NMD, s.steps, s.batch, s.lr, s.l1_shared, s.l1_excl)
 
-    precisions = {"fp32": False}
-    if dfc.bf16_pays(x_NMD.device, s.dict):
-        precisions = {"bf16": True, "fp32": False}
+def whole_runs(s, sample=20):
+    """The training of python dfc.py with these settings, with and without bf16, in turns with
+    `sample` steps of the published loop."""
+    tokenizer = dfc.load_tokenizer(s.model_a, s.model_b)
+    texts = training_texts(s, tokenizer, s.n_texts)
+    x_NMD = dfc.collect_pair(s.model_a, s.model_b, texts, s.layer, "runs/cache", DEVICE).to(DEVICE)
+    size = (x_NMD, s.dict, s.k, s.batch)
+    published = published_training(*size, sample)
+
+    precisions = ["bf16", "fp32"]
+    if not dfc.bf16_pays(x_NMD.device, s.dict):
+        precisions.remove("bf16")
 
     published()  # warms up
     samples = [seconds(published)]
     times = {}
-    for precision, bf16 in precisions.items():
-        with mock.patch.object(dfc, "bf16_pays", return_value=bf16):
-            times[precision] = seconds(ours)
+    for precision in precisions:
+        with mock.patch.object(dfc, "bf16_pays", return_value=precision == "bf16"):
+            times[precision] = seconds(lambda: our_training(*size, s.steps)())
         samples.append(seconds(published))
 
     print(f"\na whole run, {s.steps} steps of {s.batch} pairs, {s.dict} latents, k {s.k}")
@@ -192,17 +178,17 @@ def single_steps(D, L, k, batch, n):
     """Race n steps on random vectors, in which no latent is dead unless all are said to be."""
     x_NMD = torch.randn(4 * batch, 2, D, device=DEVICE)
     size = (x_NMD, L, k, batch)
-    race(f"a training step, width {D}, {L} latents, k {k}, {batch} pairs", [
-        Contender("dfc, no latent dead", our_training(*size, n), n),
-        Contender("dfc, every latent taken for dead", our_training(*size, n, dead_after=-1), n),
-        Contender("published", published_training(*size, n), n),
-        *other_libraries(*size),
-    ])
+    race(f"a training step, width {D}, {L} latents, k {k}, {batch} pairs", {
+        "dfc, no latent dead": (our_training(*size, n), n),
+        "dfc, every latent taken for dead": (our_training(*size, n, dead_after=-1), n),
+        "published": (published_training(*size, n), n),
+        **other_libraries(*size),
+    })
 
 
 def train():
     """The figure to claim, then single steps."""
-    whole_runs(dfc.parse_args(["--dict", "8192", "--k", "45"]), sample=20)
+    whole_runs(dfc.Settings(dict=8192, k=45))
     single_steps(128, 8192, 45, 1024, 5)
     if DEVICE == "cuda":
         single_steps(2048, 8192, 45, 1024, 100)
@@ -210,70 +196,42 @@ def train():
 
 # ---- 3. Collection and answers -------------------------------------------------------------------
 
-class Pair(NamedTuple):
-    """The embedded pair."""
-
-    models: dict     # {"A", "B"}
-    tokenizer: object
-    texts: list      # training texts
-    prompts: list    # of test rows
-    layer: int
-
-
-def embedded_pair(n_texts, n_prompts):
-    """The Pair, with as many texts of each of the two kinds, and prompts."""
-    s = dfc.parse_args([])
-    model_a, tokenizer = dfc.load_model(s.model_a, DEVICE)
-    model_b, _ = dfc.load_model(s.model_b, DEVICE)
-    tool_texts, plain_texts = dfc.load_texts(
-        s.tool_texts, s.plain_texts, tokenizer, "train", n_texts, "runs/cache")
-    _, prompts = ev.load_prompts(s.tool_texts, tokenizer, "test", longest=4096)
-    models = {"A": model_a, "B": model_b}
-    return Pair(models, tokenizer, tool_texts + plain_texts, prompts[:n_prompts], s.layer)
-
-
 def collect():
-    pair = embedded_pair(150, 1)
-    model = pair.models["A"]
-    texts = pair.texts
+    s = dfc.Settings()
+    model, tokenizer = dfc.load_model(s.model_a, DEVICE)
+    texts = training_texts(s, tokenizer, 150)
 
     @torch.no_grad()
     def published():
         for i in range(0, len(texts), 8):
-            batch = pair.tokenizer(texts[i:i + 8], return_tensors="pt", padding=True).to(DEVICE)
-            h_BTD = model(**batch, output_hidden_states=True).hidden_states[pair.layer + 1]
+            batch = tokenizer(texts[i:i + 8], return_tensors="pt", padding=True).to(DEVICE)
+            h_BTD = model(**batch, output_hidden_states=True).hidden_states[s.layer + 1]
             last_B = batch["attention_mask"].sum(1) - 1
             h_BTD[range(len(h_BTD)), last_B].float().cpu()
 
-    def ours():
-        dfc.collect(model, pair.tokenizer, texts, pair.layer)
-
-    race(f"collection, a text of {len(texts)}", [
-        Contender("dfc", ours, len(texts)),
-        Contender("published", published, len(texts)),
-    ])
+    race(f"collection, a text of {len(texts)}", {
+        "dfc": (lambda: dfc.collect(model, tokenizer, texts, s.layer), len(texts)),
+        "published": (published, len(texts)),
+    })
 
 
 def generate(versions=8, some=3):
-    pair = embedded_pair(1, 40)
-    prompts = pair.prompts
-    x_NMD = ev.collect_both(pair.models, pair.tokenizer, prompts, pair.layer)
-    b_minus_a_ND = x_NMD[:, 1] - x_NMD[:, 0]
-    v_VND = torch.stack([b_minus_a_ND * v / versions for v in range(versions)])
+    s = dfc.Settings()
+    model, tokenizer = dfc.load_model(s.model_a, DEVICE)
+    prompts = training_texts(s, tokenizer, 80)[:40]  # whole prompts come first
 
-    def answer(prompts, v_VND):
-        ev.generate(pair.models["A"], pair.tokenizer, prompts, 64, pair.layer, [1.] * len(v_VND),
-                    v_VND)
+    def answer(prompts, versions):  # patched with zeros: the clock does not mind what is added
+        ev.generate(model, tokenizer, prompts, 64, s.layer, [1.] * versions)
 
     def published():
-        for n in range(some):
-            for v in range(versions):
-                answer(prompts[n:n + 1], v_VND[v:v + 1, n:n + 1])
+        for prompt in prompts[:some]:
+            for _ in range(versions):
+                answer([prompt], 1)
 
-    race(f"an answer, {versions} versions of {len(prompts)} prompts; published: the first {some}", [
-        Contender("dfc", lambda: answer(prompts, v_VND), versions * len(prompts)),
-        Contender("published", published, versions * some),
-    ], turns=3)
+    race(f"an answer, {versions} versions of {len(prompts)} prompts; published: the first {some}", {
+        "dfc": (lambda: answer(prompts, versions), versions * len(prompts)),
+        "published": (published, versions * some),
+    }, turns=3)
 
 
 # ---- 4. The real pair's shape --------------------------------------------------------------------
@@ -293,7 +251,9 @@ def reported(name):
 
 def real(steps=3):
     """Qwen2.5-3B's shape, random weights, 2 of 36 layers on a CPU: what fits, what it costs."""
-    tiny = embedded_pair(100, 4)
+    s = dfc.Settings()
+    tokenizer = dfc.load_tokenizer(s.model_a, s.model_b)
+    texts = training_texts(s, tokenizer, 100)
     n_layers = 36 if DEVICE == "cuda" else 2
     layer = 13 if DEVICE == "cuda" else 1
     config = Qwen2Config(
@@ -304,25 +264,18 @@ def real(steps=3):
     models = {}
     with reported(f"two models, {n_layers} of 36 layers"), torch.device(DEVICE):
         for m in "AB":
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            models[m] = model.eval()
+            models[m] = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
-    with reported(f"collect layer {layer}, {len(tiny.texts)} texts"):
-        x_NMD = ev.collect_both(models, tiny.tokenizer, tiny.texts, layer)
+    with reported(f"collect layer {layer}, {len(texts)} texts"):
+        x_NMD = dfc.collect_both(models, tokenizer, texts, layer)
 
     # as many vectors as two batches need
-    x_NMD = x_NMD.repeat(math.ceil(2048 / len(x_NMD)), 1, 1)
-    cc = dfc.Crosscoder(2048, 8192, 45, 819, tied=True).to(DEVICE)
-    cc.fit_scale(x_NMD)
+    act = our_training(x_NMD.repeat(11, 1, 1), 8192, 45, 1024, steps)
     with reported(f"train, 8192 latents, {steps} steps of 1024 pairs"):
-        dfc.train(cc, x_NMD, steps, batch=1024)
-    cc.requires_grad_(False)
+        act()
 
-    with reported(f"steer, 30 versions of {len(tiny.prompts)} prompts, 16 tokens"):
-        x_NMD = ev.collect_both(models, tiny.tokenizer, tiny.prompts, layer)
-        f_NL = cc.encode(x_NMD)
-        v_VND = torch.stack([steer.delta(cc, f_NL, list(range(n)), 2.) for n in range(1, 31)])
-        ev.generate(models["A"], tiny.tokenizer, tiny.prompts, 16, layer, [1.] * 30, v_VND)
+    with reported("steer, 30 versions of 4 prompts, 16 tokens"):
+        ev.generate(models["A"], tokenizer, texts[:4], 16, layer, [1.] * 30)
 
 
 # ---- 5. The program ------------------------------------------------------------------------------

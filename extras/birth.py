@@ -39,8 +39,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dfc import cli, leave
 from eval_toolcall import at_least_one, open_run, save_result
 from steer import (
-    Intervention,
-    as_long_as,
     auroc,
     best_latents,
     compare,
@@ -50,9 +48,8 @@ from steer import (
     random_units,
     read_prompts,
     survey_latents,
+    with_controls,
 )
-
-SIGN = {"down": -1, "up": 1, "into B": 1}  # should calls fall or rise?
 
 
 @dataclass
@@ -82,67 +79,60 @@ class Step:
 
 # ---- 1. One snapshot -----------------------------------------------------------------------------
 
-def load_snapshot(base, file):
-    """A as it was: the base plus what the snapshot holds, differences in half precision."""
-    model = copy.deepcopy(base)
-    for name, difference in load_file(file).items():
-        model.get_parameter(name).data += difference.to(model.device)
-    return model
-
-
 def read_step(run, file, latents, alpha, most_rows):
     """The Step that a snapshot holds. run: with whatever A, which the snapshot's replaces."""
-    base = run.models["B"]
-    run = replace(run, models={"A": load_snapshot(base, file), "B": base})
-    dev = read_prompts(run, "dev", 30)
-    test = read_prompts(run, "test", most_rows)
+    # A as it was: the base and what is saved, differences in half precision
+    model = copy.deepcopy(run.models["B"])
+    for name, difference in load_file(file).items():
+        model.get_parameter(name).data += difference.to(model.device)
+    run = replace(run, models={"A": model, "B": run.models["B"]})
 
     # what both models answer
+    dev = read_prompts(run, "dev", 30)
+    test = read_prompts(run, "test", most_rows)
     clean = {}
-    nothing_VND = torch.zeros(1, *test.x_NMD[:, 0].shape)
+    nothing_VND = torch.zeros_like(test.x_NMD[None, :, 0])
     for m in "AB":
         [clean[m]] = outcomes_in(run, m, test, nothing_VND)
 
     # how far apart they are
-    both_PMD = test.x_NMD[test.needs_N]
-    apart_PD = both_PMD[:, 0] - both_PMD[:, 1]
-    length = apart_PD.norm(dim=1).mean().item()
+    apart_PD = (test.x_NMD[:, 0] - test.x_NMD[:, 1])[test.needs_N]
 
-    step = int(file.stem.removeprefix("step"))
-    exact = 100 * float(np.mean(clean["A"].exact))
-    readings = [read_latent(run, dev, test, clean, latent, alpha) for latent in latents]
-    return Step(step, exact, clean["A"].false_calls, length, len(apart_PD), readings)
+    return Step(
+        step=int(file.stem.removeprefix("step")),
+        exact=100 * np.mean(clean["A"].exact),
+        false_calls=clean["A"].false_calls,
+        length=apart_PD.norm(dim=1).mean().item(),
+        rows=len(apart_PD),
+        latents=[read_latent(run, dev, test, clean, apart_PD, latent, alpha) for latent in latents],
+    )
 
 
-def read_latent(run, dev, test, clean, latent, alpha):
-    """One latent's Reading. clean: {"A", "B": the Outcome as it is}."""
+def read_latent(run, dev, test, clean, apart_PD, latent, alpha):
+    """One latent's Reading. clean: {"A", "B": the Outcome as it is}; apart_PD: A - B."""
     row_D = run.cc.W_dec[latent, 0] * run.cc.scale[0]
     most_D = dev.f_NL[dev.needs_N, latent].max() * row_D
-    added = {
-        "down": delta(run.cc, test.f_NL, [latent], 0),
-        "up": delta(run.cc, test.f_NL, [latent], alpha),
-        "into B": most_D.expand_as(test.x_NMD[:, 0]),
-    }
+    most_ND = most_D.expand_as(test.x_NMD[:, 0])
 
     # the three claims, beside random directions
+    units = {"random": random_units(10, row_D)}
+    down = with_controls("down", "A", "down", delta(run.cc, test.f_NL, [latent], 0), units, -1)
+    up = with_controls("up", "A", "up", delta(run.cc, test.f_NL, [latent], alpha), units)
+    into_b = with_controls("into B", "B", "into B", most_ND, units)
     claims = {}
-    for kind, v_ND in added.items():
-        model = "B" if kind == "into B" else "A"
-        sign = SIGN[kind]
-        random = as_long_as(v_ND, {"random": random_units(10, row_D)})["random"]
-        todo = Intervention(kind, model, kind, v_ND, {"random": sign * random}, sign)
+    for todo in (down, up, into_b):
         own, controls = measure(run, test, todo)
-        claims[kind] = compare(kind, kind, sign, clean[model], own, controls)
+        claims[todo.kind] = compare(
+            todo.kind, todo.text, todo.sign, clean[todo.model], own, controls)
 
     # its values, and its direction
     needs_P = test.f_NL[test.needs_N, latent]
     none_Q = test.f_NL[~test.needs_N, latent]
     value = {"needs": needs_P.mean().item(), "none": none_Q.mean().item()}
-    cosine_N = F.cosine_similarity(test.x_NMD[:, 0] - test.x_NMD[:, 1], row_D[None])
     return Reading(
         latent, claims, value,
         auroc=auroc(needs_P[:, None], none_Q[:, None]).item(),
-        cosine=cosine_N[test.needs_N].mean().item(),
+        cosine=F.cosine_similarity(apart_PD, row_D[None]).mean().item(),
         writes=value["needs"] * row_D.norm().item(),
         most=most_D.norm().item(),
     )
@@ -155,41 +145,42 @@ def find_threshold(steps):
     exact = [0., *(step.exact for step in steps)]
     length = [0., *(step.length for step in steps)]
     most_so_far = np.maximum.accumulate(exact)
-    return float(np.interp(most_so_far[-1] / 2, most_so_far, length))
+    return np.interp(most_so_far[-1] / 2, most_so_far, length)
 
 
 def measured(claim):
     """Does the whole interval lie on the right side of 0?"""
-    sign = SIGN[claim.kind]
-    return min(sign * claim.effect["lo"], sign * claim.effect["hi"]) > 0
+    return min(claim.sign * claim.effect["lo"], claim.sign * claim.effect["hi"]) > 0
 
 
-def expected(kind, step, i, theta, alpha):
-    """Do lengths let us expect a claim of the i-th latent at a step?"""
-    reading = step.latents[i]
-    if kind == "into B":
-        return theta < reading.most
-    if kind == "down":
-        return step.length - reading.writes < theta < step.length
-    return step.length < theta < step.length + (alpha - 1) * reading.writes
+def expected(step, reading, theta, alpha):
+    """{claim: do lengths let us expect it of a latent at a step?}"""
+    length = step.length
+    w = reading.writes
+    return {"down": length - w < theta < length,
+            "up": length < theta < length + (alpha - 1) * w,
+            "into B": theta < reading.most}
 
 
 def print_steps(steps, i, theta, alpha):
     """The table of the i-th latent; where each claim was measured, and where it is expected."""
     print(f"\nlatent {steps[0].latents[i].latent}, {steps[0].rows} rows that need a tool, theta "
           f"{theta:.1f}")
-    heads = "".join(f"{kind:>23s}" for kind in SIGN)
-    print(f" step exact false  |A-B|   cos  value needs none AUROC writes{heads}")
-    for step in steps:
-        x = step.latents[i]
+    readings = [(step, step.latents[i]) for step in steps]
+
+    # its line at each step
+    print(" step exact false  |A-B|   cos  value needs none AUROC writes"
+          f"{'down':>23s}{'up':>23s}{'into B':>23s}")
+    for step, x in readings:
         cells = "".join(f"{claim_cell(claim):>23s}" for claim in x.claims.values())
         print(f"{step.step:5d}{step.exact:6.0f}{step.false_calls:6.0f}{step.length:7.1f}"
               f"{x.cosine:6.2f}{x.value['needs']:13.2f}{x.value['none']:5.2f}{x.auroc:6.2f}"
               f"{x.writes:7.1f}{cells}")
 
-    for kind in SIGN:
-        seen = [step.step for step in steps if measured(step.latents[i].claims[kind])]
-        due = [step.step for step in steps if expected(kind, step, i, theta, alpha)]
+    # its claims
+    for kind in ("down", "up", "into B"):
+        seen = [step.step for step, x in readings if measured(x.claims[kind])]
+        due = [step.step for step, x in readings if expected(step, x, theta, alpha)[kind]]
         print(f"{kind}: measured at steps {seen}, expected at {due}")
 
 
@@ -221,8 +212,8 @@ def main(argv=None):
     for i in range(len(latents)):
         print_steps(steps, i, theta, args.alpha)
     lines = [asdict(step) for step in steps]
-    result = {"theta": theta, "alpha": args.alpha, "steps": lines}
-    save_result(run.folder, "birth", result, lines, "birth.jsonl")
+    save_result(run.folder, "birth", {"theta": theta, "alpha": args.alpha, "steps": lines}, lines,
+                "birth.jsonl")
 
 
 if __name__ == "__main__":

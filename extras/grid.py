@@ -19,12 +19,10 @@ from there. They count for the same weights, models and rows only.
 """
 
 import argparse
-import contextlib
-import hashlib
 import json
 import sys
+import zlib
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dfc import cli, leave
+from dfc import atomically, cli, hash_of, leave
 from eval_toolcall import at_least_one, open_run, paired, save_result
 from steer import ALPHAS, delta, outcomes_in, read_prompts, survey_latents
 
@@ -72,21 +70,13 @@ class Best:
 
 
 @dataclass
-class Line:
-    """All alphas of one |S|."""
-
-    best: Best
-    on_dev: dict  # {alpha: change on dev rows}
-
-
-@dataclass
 class Grid:
     """The grid of one run; metrics.json keeps it."""
 
     layer: int
     rows: dict             # prompts that need a tool: {"dev", "test"}
     clean: dict            # of A on test rows, in percent: {"exact", "false_calls"}
-    groups: dict           # {group: a Line for each |S|}
+    groups: dict           # {group: for each |S| {"best": Best, "on_dev": {alpha: change on dev}}}
     best: Best             # by exact calls
     best_less_false: Best  # by exact calls less false calls
 
@@ -124,22 +114,17 @@ def list_cells(run, ranking, sizes, alphas):
 def fingerprint(run, prompts):
     """A name for all that answers depend on: every weight, the rows, the length of an answer."""
     what = [prompts.rows, prompts.texts, run.settings.max_new, run.settings.layer]
-    found = hashlib.sha256(json.dumps(what).encode())
     for module in (run.cc, *run.models.values()):
         for weights in module.state_dict().values():
-            found.update(weights.flatten().view(torch.uint8).cpu().numpy())
-    return found.hexdigest()[:16]
+            what.append(zlib.crc32(weights.flatten().view(torch.uint8).cpu().numpy()))
+    return hash_of(what)
 
 
 def read_lines(file):
-    """The lines of a grid.jsonl, of whatever fingerprint; half a line is left out."""
+    """The lines of a grid.jsonl, of whatever fingerprint."""
     if not file.exists():
         return []
-    lines = []
-    for text in file.read_text().split("\n"):
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
+    return [json.loads(text) for text in file.read_text().splitlines()]
 
 
 def answer(run, prompts, scalings, at_once=8):
@@ -150,7 +135,8 @@ def answer(run, prompts, scalings, at_once=8):
 
     # what is there already
     counts = {}
-    for line in read_lines(file):
+    lines = read_lines(file)
+    for line in lines:
         if line["key"] == key:
             scaling = Scaling(line["alpha"], tuple(line["latents"]))
             counts[scaling] = Counts(line["exact"], line["false_calls"])
@@ -162,9 +148,9 @@ def answer(run, prompts, scalings, at_once=8):
                              for scaling in batch])
         for scaling, outcome in zip(batch, outcomes_in(run, "A", prompts, v_VND)):
             counts[scaling] = Counts(outcome.exact, outcome.false_calls)
-            line = {"key": key, **scaling._asdict(), **counts[scaling]._asdict()}
-            with open(file, "a") as f:  # first a break: what stands there may be half a line
-                f.write("\n" + json.dumps(line))
+            lines.append({"key": key, **scaling._asdict(), **counts[scaling]._asdict()})
+        with atomically(file) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return counts
 
 
@@ -195,20 +181,20 @@ def best_of(dev, test, cells, less_false=False):
 
 def measure_grid(run, lines, most_rows):
     """The Grid of list_cells()' lines, on at most `most_rows` dev and test rows of each kind."""
-    cells = list(chain.from_iterable(lines))
+    cells = sum(lines, [])
     scalings = [CLEAN, *(cell.scaling for cell in cells)]
     dev = answer(run, read_prompts(run, "dev", most_rows), scalings)
     test = answer(run, read_prompts(run, "test", most_rows), scalings)
 
     clean = test[CLEAN]
     rows = {"dev": len(dev[CLEAN].exact), "test": len(clean.exact)}
-    before = {"exact": 100 * float(np.mean(clean.exact)), "false_calls": clean.false_calls}
+    before = {"exact": 100 * np.mean(clean.exact), "false_calls": clean.false_calls}
 
     groups = {}
     for line in lines:
         on_dev = {cell.scaling.alpha: change(dev, cell)["pp"] for cell in sorted(line)}
         best = best_of(dev, test, line)
-        groups.setdefault(best.group, []).append(Line(best, on_dev))
+        groups.setdefault(best.group, []).append({"best": best, "on_dev": on_dev})
 
     return Grid(run.settings.layer, rows, before, groups, best_of(dev, test, cells),
                 best_of(dev, test, cells, less_false=True))
@@ -225,11 +211,11 @@ def print_grid(grid, folder):
           f"rows that need a tool; on test A is exact on {grid.clean['exact']:.1f} %, false calls "
           f"{grid.clean['false_calls']:.1f} %")
     for group, lines in grid.groups.items():
-        alphas = "".join(f"{f'a {alpha:g}':>7s}" for alpha in lines[0].on_dev)
+        alphas = "".join(f"{f'a {alpha:g}':>7s}" for alpha in lines[0]["on_dev"])
         print(f"\n{group}: change of exact calls, pp\n   |S|{alphas}{HEAD}")
         for line in lines:
-            changes = "".join(f"{pp:+7.1f}" for pp in line.on_dev.values())
-            print(f"{line.best.size:6d}{changes}{best_columns(line.best)}")
+            changes = "".join(f"{pp:+7.1f}" for pp in line["on_dev"].values())
+            print(f"{line['best'].size:6d}{changes}{best_columns(line['best'])}")
 
     print_best("best cell on dev by", {"exact calls": grid.best,
                                        "... less false calls": grid.best_less_false})
@@ -237,11 +223,14 @@ def print_grid(grid, folder):
 
 
 def print_layers(grids):
-    """The best cell of each layer (of several runs of one, the best on dev). Neither interval nor
-    p-value of their mean: layers share prompts and model, they are not a sample of anything."""
+    """The best cell of each layer (of several runs of one, the best on dev), if there are several.
+    Neither interval nor p-value of their mean: layers share prompts and model, they are not a
+    sample of anything."""
     best = {}
     for grid in sorted(grids, key=lambda grid: (grid.layer, grid.best.dev)):
         best[f"layer {grid.layer}"] = grid.best
+    if len(best) == 1:
+        return
 
     print_best("best cell on dev of", best)
     mean = np.mean([cell.test["pp"] for cell in best.values()])
@@ -279,12 +268,11 @@ def main(argv=None):
         lines = list_cells(run, survey_latents(run).ranking, args.sizes, args.alpha)
         grid = measure_grid(run, lines, args.rows)
         print_grid(grid, run.folder)
-        answers = read_lines(run.folder / "grid.jsonl")
-        save_result(run.folder, "grid", asdict(grid), answers, "grid.jsonl")
+        save_result(run.folder, "grid", asdict(grid), read_lines(run.folder / "grid.jsonl"),
+                    "grid.jsonl")
         grids.append(grid)
 
-    if len({grid.layer for grid in grids}) > 1:
-        print_layers(grids)
+    print_layers(grids)
 
 
 if __name__ == "__main__":

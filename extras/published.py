@@ -20,25 +20,20 @@ from transformers.utils import cached_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dfc
 
-SIZES = ("activation_dim", "dict_size", "k", "n_a", "n_b")
-
 
 def read_json(name, file):
-    """What a JSON file of a folder or hub name holds; {} where there is no such file."""
-    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(path).read_text()) if path else {}
+    """What a JSON file of a folder or hub name holds."""
+    return json.loads(Path(cached_file(name, file)).read_text())
 
 
-def read_checkpoint(name, sizes):
-    """The crosscoder of these sizes in a folder or a hub name; nothing in it is executed. Raises
-    ValueError."""
-    missing = [key for key in SIZES if key not in sizes]
-    if missing:
-        raise ValueError(f"its config.json tells no {', '.join(missing)}")
-    cc = dfc.Crosscoder(*[sizes[key] for key in SIZES])
+def read_checkpoint(name):
+    """The crosscoder in a folder or a hub name, frozen; nothing in it is executed."""
+    sizes = read_json(name, "config.json")
+    names = "activation_dim", "dict_size", "k", "n_a", "n_b"
+    cc = dfc.Crosscoder(*[sizes[key] for key in names])
     state = torch.load(cached_file(name, "model.pt"), map_location="cpu", weights_only=True)
-    weights = {key: t.float() for key, t in state.items() if not key.endswith("mask")}
-    cc.load_state_dict({**dict(cc.named_buffers()), **weights})
+    weights = {key: state[key] for key, _ in cc.named_parameters()}  # their masks are left out
+    cc.load_state_dict(weights, strict=False)  # mean and scale keep 0 and 1
     cc.confine(cc.W_enc, cc.W_dec)
     return cc.requires_grad_(False)
 
@@ -46,18 +41,17 @@ def read_checkpoint(name, sizes):
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("name", help="a crosscoder of the authors: folder or hub name")
-    p.add_argument("--preset", choices=dfc.PRESETS, default="paper", help="whose models and texts, "
-                   "and the layer unless the crosscoder tells its own (paper)")
+    p.add_argument("--preset", default="paper", help="whose models and texts: paper or tiny")
     p.add_argument("--out", help="run folder (default: runs/ and the name)")
     args = p.parse_args(argv)
     with dfc.errors_about(args.name):
-        sizes = {**read_json(args.name, "hparams.json"), **read_json(args.name, "config.json")}
-        cc = read_checkpoint(args.name, sizes)
+        cc = read_checkpoint(args.name)
+        layer = read_json(args.name, "hparams.json")["layer"]
 
     # its own sizes and layer; models and texts of the preset
-    asked = {"preset": args.preset, "recipe": "paper", "dict": sizes["dict_size"], "k": cc.k,
-             "excl": cc.n_a / sizes["dict_size"], "excl-b": cc.n_b / sizes["dict_size"],
-             "layer": sizes.get("layer", dfc.PRESETS[args.preset].get("layer", dfc.Settings.layer)),
+    L = len(cc.b_enc)
+    asked = {"preset": args.preset, "recipe": "paper", "dict": L, "k": cc.k,
+             "excl": cc.n_a / L, "excl-b": cc.n_b / L, "layer": layer,
              "out": args.out or f"runs/{args.name.strip('/').replace('/', '--')}"}
     s = dfc.parse_args([f"--{key}={value}" for key, value in asked.items()])
     if Path(s.out).exists():
@@ -76,8 +70,8 @@ def main(argv=None):
     with dfc.errors_about(f"{args.name} with {s.model_a}"):  # their widths may differ
         cc.fit_scale(x["train"])
 
-    measured = dfc.measure(cc, x["train"], x["dev"])
-    metrics = {**measured, "config": asdict(s), "crosscoder": args.name}
+    metrics = {**dfc.measure(cc, x["train"], x["dev"]), "config": asdict(s),
+               "crosscoder": args.name}
     with dfc.atomically(Path(s.out)) as folder:
         dfc.save(cc, folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))

@@ -12,8 +12,8 @@ A difference says something only beside what seeds alone do. With several seeds 
 standard error that seed noise alone gives it: z. Of two levels without any effect it is about 0.8,
 of three 1.2: below 2 there is nothing to explain.
 
-A run is here a dict: "name" of its folder, which is its setting (one name, several seeds); "config"
-as dfc.py saved it; "n", the test rows that need a tool; and under each column's title the change.
+A run is here a dict: its settings as dfc.py saved them; "name" of its folder, which is its setting
+(one name, several seeds); "n", the test rows that need a tool; under a column's title the change.
 """
 
 import argparse
@@ -26,11 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies o
 from dfc import cli, read_metrics
 
 
-class Column(NamedTuple):
-    model: str  # into which the reconstruction was put: A or B
-    score: str  # of eval_toolcall.py
-
-
 class Published(NamedTuple):
     """Change of tool correctness over the published settings, in percentage points."""
 
@@ -40,18 +35,11 @@ class Published(NamedTuple):
     sd_b: float
 
 
-class Level(NamedTuple):
-    """One level of a factor, such as k = 45."""
-
-    mean: float      # of the means of its settings
-    variance: float  # of that mean, in units of one seed's variance
-
-
-COLUMNS = {
-    "exact A": Column("A", "exact"),
-    "exact B": Column("B", "exact"),
-    "tool A": Column("A", "paper_tool"),
-    "tool B": Column("B", "paper_tool"),
+COLUMNS = {  # into which model the reconstruction was put, and a score of eval_toolcall.py
+    "exact A": ("A", "exact"),
+    "exact B": ("B", "exact"),
+    "tool A": ("A", "paper_tool"),
+    "tool B": ("B", "paper_tool"),
 }
 PUBLISHED = {  # "k 1": the smallest k, and so on
     "all": Published(31.2, 9.7, 6.7, 4.9),
@@ -72,7 +60,7 @@ PUBLISHED = {  # "k 1": the smallest k, and so on
 }
 N_PUBLISHED = {"k": 3, "dict": 2}  # how many sizes of each the published sweep has
 # what may not differ between the runs of one table
-SAME = "model_a", "model_b", "tool_texts", "recipe", "layer", "steps", "batch", "n_texts"
+SAME = "model_a", "model_b", "tool_texts", "recipe", "layer", "steps", "batch", "n_texts", "n"
 
 
 # --- 1. The runs ---------------------------------------------------------------------------------
@@ -81,38 +69,25 @@ def run_of(folder, metrics):
     """What the table needs of an evaluated run."""
     models = metrics["evaluation"]["models"]
     n_rows = models["A"]["clean"]["needs"]["n"]
-    run = {"name": folder.name, "config": metrics["config"], "n": n_rows}
+    run = {**metrics["config"], "name": folder.name, "n": n_rows}
 
-    for title, column in COLUMNS.items():
-        versions = models[column.model]
-        clean = versions["clean"]["needs"][column.score]["pct"]
-        after = versions["reconstruction"]["needs"][column.score]["pct"]
-        run[title] = after - clean
+    for title, (model, score) in COLUMNS.items():
+        clean = models[model]["clean"]["needs"]
+        after = models[model]["reconstruction"]["needs"]
+        run[title] = after[score]["pct"] - clean[score]["pct"]
     return run
 
 
-def check_comparable(runs):
-    """Raises ValueError for runs that do not belong into one table."""
-    for key in SAME:
-        if len({run["config"][key] for run in runs}) > 1:
-            raise ValueError(f"these runs differ in {key}: make a table of each")
-
-    if len({run["n"] for run in runs}) > 1:
-        raise ValueError("these runs were not evaluated on the same rows: eval_toolcall.py --rows")
-
-
 def read(folders):
-    """The evaluated runs among some folders, and how many are not there yet. Raises ValueError
+    """The evaluated runs among some folders, and how many are not evaluated yet. Raises ValueError
     where there is none, or where they do not belong into one table."""
     runs = []
     waiting = 0
     for folder in map(Path, folders):
-        if folder.name == "cache":
-            continue
+        if not (folder / "metrics.json").exists():
+            continue  # the cache of activations
 
-        metrics = {}
-        if (folder / "metrics.json").exists():
-            metrics = read_metrics(folder)
+        metrics = read_metrics(folder)
         if "evaluation" in metrics:
             runs.append(run_of(folder, metrics))
         else:
@@ -120,29 +95,31 @@ def read(folders):
 
     if not runs:
         raise ValueError("no evaluated run: bash run_sweep.sh")
-    check_comparable(runs)
+    for key in SAME:
+        if len({run[key] for run in runs}) > 1:
+            raise ValueError(f"these runs differ in {key} (n: test rows that need a tool): make a "
+                             "table of each")
     return runs, waiting
 
 
 # --- 2. The lines of the table -------------------------------------------------------------------
 
-def line_names(config, sizes):
+def line_names(run, sizes):
     """The lines a run belongs to. sizes: of "k" and "dict" all that occur in the table, sorted."""
-    share = config["excl"]
-    if share:
-        penalty = "penalised" if config["l1_excl"] else "free"
-        names = ["all", "DFC", f"excl {100 * share:.0f}", f"DFC {penalty}"]
+    if run["excl"]:
+        penalty = "penalised" if run["l1_excl"] else "free"
+        names = ["all", "DFC", f"excl {100 * run['excl']:.0f}", f"DFC {penalty}"]
     else:
-        penalty = "L1" if config["l1_shared"] else "no L1"
+        penalty = "L1" if run["l1_shared"] else "no L1"
         names = ["all", "crosscoder", f"crosscoder {penalty}"]
 
     # with as many sizes as were published, the smallest stands beside the published smallest
     for key, n_published in N_PUBLISHED.items():
         name = key
         if len(sizes[key]) == n_published:
-            rank = sizes[key].index(config[key]) + 1
+            rank = sizes[key].index(run[key]) + 1
             name = f"{key} {rank}"
-        names.append(f"{name} ({config[key]})")
+        names.append(f"{name} ({run[key]})")
     return names
 
 
@@ -155,16 +132,16 @@ def lines_of(runs):
     """{line of the table: its runs}, in the paper's order."""
     sizes = {}
     for key in N_PUBLISHED:
-        sizes[key] = sorted({run["config"][key] for run in runs})
+        sizes[key] = sorted({run[key] for run in runs})
 
     lines = {}
     for run in runs:
-        for name in line_names(run["config"], sizes):
+        for name in line_names(run, sizes):
             lines.setdefault(name, []).append(run)
 
     # lines that nobody published come last
-    rank = {name: i for i, name in enumerate(PUBLISHED)}
-    ordered = sorted(lines, key=lambda line: rank.get(published_name(line), len(rank)))
+    order = [*PUBLISHED, *map(published_name, lines)]
+    ordered = sorted(lines, key=lambda line: order.index(published_name(line)))
     return {line: lines[line] for line in ordered}
 
 
@@ -193,7 +170,6 @@ def print_table(runs):
 
     for line, line_runs in lines_of(runs).items():
         columns = [setting_means(line_runs, title) for title in COLUMNS]
-        n_settings = len(columns[0])
         cells = "".join(f"{mean_and_sd(values):>15s}" for values in columns)
 
         # the published figures, where there are some
@@ -202,66 +178,52 @@ def print_table(runs):
         if paper:
             beside = (f"   {paper.mean_a:+.1f} ± {paper.sd_a:.1f}, "
                       f"{paper.mean_b:+.1f} ± {paper.sd_b:.1f}")
-        print(f"{line:18s}{n_settings:3d}{cells}{beside}")
+        print(f"{line:18s}{len(columns[0]):3d}{cells}{beside}")
 
 
 # --- 3. Beside what seeds alone do ---------------------------------------------------------------
 
-def several_seeds(runs, column):
-    """by_setting() of the settings with more than one seed."""
-    return [seeds for seeds in by_setting(runs, column) if len(seeds) > 1]
-
-
-def factor_levels(lines):
-    """{factor: the lines that are its levels}."""
-    levels = {}
-    for key in ("k", "dict", "excl"):
-        levels[key] = [line for line in lines if line.startswith(f"{key} ")]
-
-    levels["DFC - crosscoder"] = ["DFC", "crosscoder"]
-    levels["free - penalised"] = ["DFC free", "DFC penalised"]
-    return levels
-
-
-def level_of(runs, column):
-    """A level's mean, and the variance that seed noise gives it: of the mean of S settings, each
-    the mean of its seeds, sum_s (1 / seeds of s) / S^2, times that of one seed."""
-    settings = by_setting(runs, column)
-    variance = sum(1 / len(seeds) for seeds in settings) / len(settings) ** 2
-    return Level(st.mean(setting_means(runs, column)), variance)
-
-
 def difference(levels, column, sd):
     """The largest difference of the levels' means, with its z. levels: the runs of each; sd: of
-    seeds within a setting."""
-    low, *_, high = sorted(level_of(runs, column) for runs in levels)
+    seeds within a setting. A mean of S settings, each the mean of its seeds, has the variance
+    sum_s (1 / seeds of s) / S^2, times that of one seed."""
+    means = []
+    for runs in levels:
+        settings = by_setting(runs, column)
+        variance = st.mean(1 / len(seeds) for seeds in settings) / len(settings)
+        means.append((st.mean(map(st.mean, settings)), variance))
+    (low, low_variance), *_, (high, high_variance) = sorted(means)
 
-    error = sd * (low.variance + high.variance) ** .5
-    if not error:
-        error = float("nan")  # seeds that all agree tell nothing of the noise
-    gap = high.mean - low.mean
-    return f"{gap:.1f} ({gap / error:.1f})"
+    # seeds that all agree tell nothing of the noise
+    error = sd * (low_variance + high_variance) ** .5 or float("nan")
+    return f"{high - low:.1f} ({(high - low) / error:.1f})"
 
 
 def print_noise(runs):
     """Seed noise, and each factor's largest difference between levels in units of it."""
-    n_settings = len(several_seeds(runs, "exact A"))
-    if not n_settings:
-        print("one seed a setting: SEEDS=\"0 1 2\" bash run_sweep.sh shows what is noise")
-        return
-
     # within a setting, pooled over settings
     sds = {}
     for title in COLUMNS:
-        variances = [st.variance(seeds) for seeds in several_seeds(runs, title)]
+        settings = by_setting(runs, title)
+        variances = [st.variance(seeds) for seeds in settings if len(seeds) > 1]
+        if not variances:
+            print("one seed a setting: SEEDS=\"0 1 2\" bash run_sweep.sh shows what is noise")
+            return
         sds[title] = st.mean(variances) ** .5
     cells = "".join(f"{sd:15.1f}" for sd in sds.values())
-    print(f"{'seed noise, sd':21s}{cells}   within a setting, over {n_settings} settings")
+    print(f"{'seed noise, sd':21s}{cells}   within a setting, over {len(variances)} settings")
 
-    # what a factor does, in units of it
-    print("\nlargest difference between two levels (z)")
+    # the lines that are each factor's levels
     lines = lines_of(runs)
-    for factor, names in factor_levels(lines).items():
+    factors = {}
+    for key in ("k", "dict", "excl"):
+        factors[key] = [line for line in lines if line.startswith(f"{key} ")]
+    factors["DFC - crosscoder"] = ["DFC", "crosscoder"]
+    factors["free - penalised"] = ["DFC free", "DFC penalised"]
+
+    # what a factor does, in units of the noise
+    print("\nlargest difference between two levels (z)")
+    for factor, names in factors.items():
         levels = [lines[name] for name in names if name in lines]
         if len(levels) > 1:
             differences = [difference(levels, title, sd) for title, sd in sds.items()]
@@ -275,7 +237,7 @@ def main(argv=None):
 
     runs, waiting = read(args.runs)
     print(f"{len(runs)} runs, {runs[0]['n']} test rows that need a tool; {waiting} more are not "
-          "finished or not evaluated\n")
+          "evaluated\n")
     print_table(runs)
     print_noise(runs)
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 from dfc import Crosscoder, cli, train
+from eval_toolcall import at_least_one
 
 N_ONLY = 8  # concepts of A alone, and as many of B alone
 
@@ -50,17 +51,17 @@ class Grade(NamedTuple):
     false_positives: float  # share of its live exclusive latents that stand for none of these
 
 
-def plant(C=64, D=48, N=20_000, active=4, turn=.1, noise=.02, seed=0):
+def plant(C=64, D=48, N=20_000, active=4, seed=0):
     """Vectors of both models, and the directions they are made of.
 
-    The first N_ONLY concepts are A's, the next B's, the rest shared, turned by `turn`. `active`
-    concepts make a vector. -> (x_NMD, d_CMD); a direction is zero where the model lacks it."""
+    The first N_ONLY concepts are A's, the next B's, the rest shared. `active` concepts make a
+    vector. -> (x_NMD, d_CMD); a direction is zero where the model lacks it."""
     g = torch.Generator().manual_seed(seed)
 
     # directions: unit vectors, those of a concept alike in both models but for a small turn
     d_CMD = F.normalize(torch.randn(C, 1, D, generator=g), dim=-1)
     turn_CMD = F.normalize(torch.randn(C, 2, D, generator=g), dim=-1)
-    d_CMD = F.normalize(d_CMD + turn * turn_CMD, dim=-1)
+    d_CMD = F.normalize(d_CMD + .1 * turn_CMD, dim=-1)
     d_CMD[:N_ONLY, 1] = 0            # A's alone: none in B
     d_CMD[N_ONLY:2 * N_ONLY, 0] = 0  # B's alone: none in A
 
@@ -71,7 +72,7 @@ def plant(C=64, D=48, N=20_000, active=4, turn=.1, noise=.02, seed=0):
 
     # x_m = sum_c s_c d_{c,m} + noise
     x_NMD = torch.einsum("nc,cmd->nmd", s_NC, d_CMD)
-    x_NMD = x_NMD + noise * torch.randn(x_NMD.shape, generator=g)
+    x_NMD = x_NMD + .02 * torch.randn(x_NMD.shape, generator=g)
     return x_NMD, d_CMD
 
 
@@ -98,8 +99,7 @@ def fit(x_NMD, share=.1, tied=False, L=96, k=4, steps=1200, seed=0, recipe="dfc"
 def grade(cc, x_NMD, d_CMD, m):
     """How well model m's exclusive latents stand for the concepts only it has (m: 0 = A, 1 = B)."""
     # live latents: they fire on some vector
-    f_NL = torch.cat([cc.encode(x_BMD) for x_BMD in x_NMD.split(4096)])
-    live_L = (f_NL > 0).any(0)
+    live_L = cc.encode(x_NMD).gt(0).any(0)
 
     # exclusive ones: m holds 95 % of the norm, by the mask or, without a partition, by training
     norm_LM = cc.W_dec.norm(dim=-1)
@@ -116,40 +116,31 @@ def grade(cc, x_NMD, d_CMD, m):
     return Grade(recovered_P.float().mean().item(), 1 - stands_E.float().mean().item())
 
 
-def mean_and_range(values):
-    """`mean (min-max)` of a figure over seeds, as wide as a column of the table."""
-    over_seeds = torch.tensor(values)
-    text = f"{over_seeds.mean():.2f} ({over_seeds.min():.2f}-{over_seeds.max():.2f})"
-    return text.ljust(18)
-
-
-def print_variant(name, options, seeds, steps):
-    """Train one kind of crosscoder on `seeds` planted worlds, and print its line of the table."""
-    figures = []  # a row for each seed, in the order of the table's columns
-    for seed in range(seeds):
-        x_NMD, d_CMD = plant(seed=seed)
-        cc = fit(x_NMD, seed=seed, steps=steps, **options)
-
-        a = grade(cc, x_NMD, d_CMD, 0)
-        b = grade(cc, x_NMD, d_CMD, 1)
-        figures.append([a.recall, b.recall, a.false_positives, b.false_positives])
-
-    cells = [mean_and_range(column) for column in zip(*figures)]
-    print(f"{name:20s}" + "".join(cells), flush=True)
+def mean_and_range(over_seeds):
+    """`mean (min-max)` of a figure, as wide as a column of the table."""
+    return f"{over_seeds.mean():.2f} ({over_seeds.min():.2f}-{over_seeds.max():.2f})  "
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--steps", type=int, default=1200)
+    p.add_argument("--seeds", type=at_least_one, default=3)
+    p.add_argument("--steps", type=at_least_one, default=1200)
     args = p.parse_args(argv)
-    if min(args.seeds, args.steps) < 1:
-        raise ValueError("--seeds and --steps must be 1 or more")
 
     print(f"{'':20s}recall, mean (range)                false positives, mean (range)")
     print(f"{'':20s}A-only            B-only            A-only            B-only")
     for name, options in VARIANTS.items():
-        print_variant(name, options, args.seeds, args.steps)
+        figures = []  # a row for each seed, in the order of the table's columns
+        for seed in range(args.seeds):
+            x_NMD, d_CMD = plant(seed=seed)
+            cc = fit(x_NMD, seed=seed, steps=args.steps, **options)
+
+            a = grade(cc, x_NMD, d_CMD, 0)
+            b = grade(cc, x_NMD, d_CMD, 1)
+            figures.append([a.recall, b.recall, a.false_positives, b.false_positives])
+
+        cells = "".join(mean_and_range(column) for column in torch.tensor(figures).T)
+        print(f"{name:20s}{cells}", flush=True)
 
 
 if __name__ == "__main__":
