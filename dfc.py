@@ -838,7 +838,8 @@ def read_metrics(folder):
         metrics = json.loads((Path(folder) / "metrics.json").read_text())
         if metrics["config"].keys() >= asdict(Settings()).keys():
             return metrics
-    raise ValueError(f"{folder} is no finished run of dfc.py: no metrics.json, or a damaged one")
+    raise ValueError(f"{folder} is no finished run of dfc.py: no metrics.json, or a damaged one "
+                     "(python extras/published.py makes a run of a published crosscoder)")
 
 
 def cli(main, argv=None):
