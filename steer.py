@@ -536,7 +536,8 @@ def verdict(effect, margins, sign):
     beyond = [name for name, margin in margins.items() if margin["lo"] > 0]
     if not beyond_0 or "random" not in beyond:
         return "no"
-    return "beyond every control" if len(beyond) == len(CONTROLS) else "beyond random"
+    every = {"random", "latents", "A - B", "needs - none"}
+    return "beyond every control" if every <= set(beyond) else "beyond random"
 
 
 @dataclass

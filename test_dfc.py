@@ -53,9 +53,7 @@ def seeded():
 @once
 def models():
     """The embedded pair."""
-    model_a, _ = dfc.load_model(str(TINY / "toolrl"), "cpu")
-    model_b, _ = dfc.load_model(str(TINY / "base"), "cpu")
-    return {"A": model_a, "B": model_b}
+    return {name: dfc.load_model(str(TINY / name), "cpu")[0] for name in ("toolrl", "base")}
 
 
 @once
@@ -69,6 +67,11 @@ def close(a, b, atol=1e-4):
 
 def as_lines(*rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def cells_of(table):
+    """The cells of each line of a table; two blanks or more part them."""
+    return [re.split(" {2,}", line) for line in re.findall(r"\S.*", table)]
 
 
 def rows_in(file, split=None):
@@ -164,20 +167,11 @@ def test_exclusive_latents_never_touch_the_other_model(n_a, n_b, tied):
     loss = fit(cc, x_NMD)
 
     assert loss["aux"] > 0  # trained, also by the auxiliary loss
+    own = [[True, False]] * n_a + [[False, True]] * n_b
     for trained in (cc, copy.deepcopy(cc)):
-        # what is read: another vector of the other model changes nothing
-        pre_NL = preactivations(trained, x_NMD)
-        for m, part in enumerate((slice(0, n_a), slice(n_a, n))):
-            other_NMD = x_NMD.clone()
-            other_NMD[:, 1 - m] = torch.randn(256, 8)
-            other_NL = preactivations(trained, other_NMD)
-            assert torch.equal(other_NL[:, part], pre_NL[:, part])
-
-        # what is written
-        nothing_1MD = trained.decode(torch.zeros(1, 32))
-        written_LMD = trained.decode(9 * torch.eye(32)) - nothing_1MD
-        touched_LM = written_LMD.any(2)
-        assert touched_LM[:n].tolist() == [[True, False]] * n_a + [[False, True]] * n_b
+        # the models that a latent reads, and those that it writes
+        assert trained.W_enc.any(1).T[:n].tolist() == own
+        assert trained.W_dec.any(2)[:n].tolist() == own
 
         # one decoder row for both models, where shared latents are tied
         if n < 32:
@@ -205,10 +199,11 @@ def slow_revival(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
     error_BMD = (z_BMD - zhat_BMD).detach()
     total = torch.zeros(())
     for part in cc.parts().values():
-        dead = [l for l in range(part.start, part.stop) if dead_L[l]]
-        if dead:
-            f_BL = kept(pre_BL[:, dead], min(len(dead), 2 * cc.k))
-            guess_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec[dead])
+        eager_L = torch.zeros_like(dead_L)
+        eager_L[part] = dead_L[part]
+        if eager_L.any():
+            f_BL = kept(pre_BL * eager_L, 2 * cc.k)
+            guess_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec)
             writes_M = cc.W_dec[part].any(0).any(1)
             total = total + (error_BMD - guess_BMD)[:quarter, writes_M].pow(2).mean()
     return total
@@ -225,9 +220,9 @@ def slow_train(cc, x_NMD, steps, batch, lr, l1_shared, l1_excl, dead_after, reci
     for step in range(steps):
         # forward
         z_BMD = cc.normalise(x_NMD[next(order)])
-        pre_BL = torch.einsum("bmd,mdl->bl", z_BMD, cc.W_enc) + cc.b_enc
+        pre_BL = cc.preactivate(z_BMD)
         f_BL = kept(pre_BL, cc.k)
-        zhat_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec) + cc.b_dec
+        zhat_BMD = cc.decode_normalised(f_BL)
         silent_L = torch.where(f_BL.any(0), 0, silent_L + 1)
 
         # loss
@@ -275,7 +270,7 @@ def test_training_on_active_latents_alone_equals_dense_products(
 
     monkeypatch.setattr(torch.optim, "Adam", sgd)  # Adam does not see a gradient's length
     for fast, slow in zip(trained(dfc.train), trained(slow_train)):
-        assert close(fast, slow, 1e-5), (fast - slow).abs().max()
+        assert close(fast, slow, 1e-5)
 
 
 def test_latents_that_start_too_weak_to_be_picked_are_revived():
@@ -303,42 +298,36 @@ def test_predicting_the_mean_gives_fve_0_and_the_truth_1():
 
 
 # ---- 3. Activations ------------------------------------------------------------------------------
-SIZES = {
-    "vocab_size": 1024,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
-OLD = {"vocab_size": 1024, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-EXPERTS = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LINEAR = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
-LINEAR.update(linear_key_head_dim=8, linear_value_head_dim=8, shared_expert_intermediate_size=16)
-FAMILIES = {
-    "Llama": SIZES,
-    "Qwen2": SIZES,
-    "Qwen3": SIZES,
-    "Qwen3Moe": EXPERTS,
-    "Qwen3Next": {**EXPERTS, **LINEAR, "num_hidden_layers": 4},  # most blocks without attention
-    "Mistral": {**SIZES, "sliding_window": 16},
-    "Mixtral": {**SIZES, "num_local_experts": 4},
-    "Gemma2": {**SIZES, "sliding_window": 16},
-    "Gemma3Text": {**SIZES, "sliding_window": 16},
-    "Phi3": SIZES,
-    "Olmo2": SIZES,
-    "GPTNeoX": SIZES,
-    "GPT2": {"vocab_size": 1024, "n_embd": 16, "n_layer": 3, "n_head": 2},
-    "Falcon": OLD,
-    "Bloom": OLD,  # its blocks put out tuples, and it has no greatest position
-}
+SIZES = """
+vocab_size=1024 hidden_size=16 intermediate_size=32 num_hidden_layers=3 num_attention_heads=2
+num_key_value_heads=1 pad_token_id=0 num_experts=4 num_local_experts=4 num_experts_per_tok=2
+moe_intermediate_size=16 shared_expert_intermediate_size=16 full_attention_interval=3
+linear_num_key_heads=2 linear_num_value_heads=2 linear_key_head_dim=8 linear_value_head_dim=8
+"""  # each family takes what it knows of these, and what is its own
+FAMILIES = """
+Llama
+Qwen2
+Qwen3       head_dim=8
+Qwen3Moe    head_dim=8
+Qwen3Next   head_dim=8 (two blocks of three have no attention)
+Mistral     head_dim=8 sliding_window=16
+Mixtral     head_dim=8
+Gemma2      head_dim=8 sliding_window=16
+Gemma3Text  head_dim=8 sliding_window=16
+Phi3
+Olmo2
+GPTNeoX
+GPT2
+Falcon
+Bloom       (its blocks put out tuples, and it has no greatest position)
+"""
 
 
 def random_model(family, **more):
     """A small model of one of the library's families."""
-    config = getattr(transformers, f"{family}Config")(**{**FAMILIES[family], **more})
+    own = re.search(f"^{family} *(.*)", FAMILIES, re.M)[1]
+    sizes = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", SIZES + own)}
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **more})
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
@@ -348,7 +337,7 @@ def book():
     return " ".join(row["text"] for row in rows_in(TINY / "text.jsonl")[:40])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", re.findall(r"^\w+", FAMILIES, re.M))
 def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, tokenizer, book):
     model = random_model(family)
     texts = [book[i:i + n] for i, n in enumerate((3, 300, 1, 17))]
@@ -427,35 +416,50 @@ def test_activations_are_kept_under_what_changes_them_and_never_half_written(
 
 
 # ---- 4. Texts ------------------------------------------------------------------------------------
-THINK = "<think> t </think>\n"
-RESPONSE = THINK + "<response> hi </response>"
-WEATHER = '{"name": "get_weather", "parameters": {"city": "Paris", "days": 3}}'
-SHORT = '{"name": "get_weather", "parameters": {"city": "Paris"}}'
-EMPTY = '{"name": "get_weather", "parameters": {}}'
-TIME = '{"name": "get_time", "parameters": {"tz": "CET"}}'
 TOOLS = "1. Name: get_weather\n2. Name: get_time\n3. Name: get_weather_alerts"
+WORDS = dict(cells_of("""
+[         <tool_call>
+]         </tool_call>
+THINK     <think> t </think>
+OPEN      <think> t
+RESPONSE  <response> hi </response>
+WEATHER   {"name": "get_weather", "parameters": {"city": "Paris", "days": 3}}
+SHORT     {"name": "get_weather", "parameters": {"city": "Paris"}}
+EMPTY     {"name": "get_weather", "parameters": {}}
+LIST      {"name": "get_weather", "parameters": []}
+BARE      {"name": "get_weather"}
+TIME      {"name": "get_time", "parameters": {"tz": "CET"}}
+RENAMED   {"name": "get_time", "parameters": {"city": "Paris", "days": 3}}
+FIVE      {"name": "get_weather", "parameters": {"city": "Paris", "days": 5}}
+TEXT      {"name": "get_weather", "parameters": {"city": "Paris", "days": "3"}}
+DECIMAL   {"name": "get_weather", "parameters": {"city": "Paris", "days": 3.0}}
+MORE      {"name": "get_weather", "parameters": {"city": "Paris", "days": 3, "x": 1}}
+COMMA     {"name": "get_weather", "parameters": {"city": "Paris", "days": 3,}}
+HERMES    {"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}
+INT       {"name": "f", "parameters": {"x": 1}}
+TRUE      {"name": "f", "parameters": {"x": true}}
+AB        {"name": "f", "parameters": {"x": {"a": 1, "b": 2}}}
+BA        {"name": "f", "parameters": {"x": {"b": 2, "a": 1}}}
+"""))  # OPEN is a thought that does not end
 
 
-def block(*calls):
-    return "<tool_call>\n" + "\n".join(calls) + "\n</tool_call>"
+def spell(words):
+    """A text of these words, a line each; those that are not in WORDS stand for themselves."""
+    return "\n".join(WORDS.get(word, word) for word in words.split())
 
 
-def says(*calls):
-    return THINK + block(*calls)
+def row_of(words):
+    return {"instruction": TOOLS, "input": "q", "output": spell(words)}
 
 
-def row_of(gold):
-    return {"instruction": TOOLS, "input": "q", "output": gold}
-
-
-ONE = row_of(says(WEATHER))
-TWO = row_of(says(SHORT, TIME))
-NONE = row_of(RESPONSE)
+ONE = row_of("THINK [ WEATHER ]")
+TWO = row_of("THINK [ SHORT TIME ]")
+NONE = row_of("THINK RESPONSE")
 
 
 def test_a_row_belongs_to_one_split_and_needs_a_tool_where_its_answer_calls_one():
     counts = Counter(dfc.split_of({"text": str(i)}) for i in range(2000))
-    doubts = row_of("<think> no <tool_call>? </think>\n<response> a </response>")
+    doubts = row_of("<think> no [ ? </think> RESPONSE")
 
     assert 150 < counts["dev"] < 250
     assert 150 < counts["test"] < 250
@@ -553,6 +557,8 @@ def publish(folder, D=8, n=2, k=4, **more):
     cc = dfc.Crosscoder(D, 64, k, n, n)
     state = cc.state_dict()
     del state["mean"], state["scale"]
+    if n > 0:
+        state.update(enc_mask=torch.ones(2, 64), dec_mask=torch.ones(64, 2))
     config = {"activation_dim": D, "dict_size": 64, "k": k, "n_a": n, "n_b": n}
 
     folder = Path(folder)
@@ -587,15 +593,11 @@ def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp
     state = load_file(tmp_path / "run" / "model.safetensors")
 
     assert (again.k, again.n_a, again.n_b, again.tied) == (5, 4, 3, True)
-    shapes = {name: tuple(weights.shape) for name, weights in state.items()}
-    assert shapes == {
-        "W_enc": (2, 8, 32),
-        "b_enc": (32,),
-        "W_dec": (32, 2, 8),
-        "b_dec": (2, 8),
-        "mean": (2, 8),
-        "scale": (2,),
-    }
+    shapes = {name: list(weights.shape) for name, weights in state.items()}
+    assert shapes == json.loads("""{
+        "W_enc": [2, 8, 32], "b_enc": [32], "W_dec": [32, 2, 8], "b_dec": [2, 8],
+        "mean": [2, 8], "scale": [2]
+    }""")
 
     # raw in, raw out; normalised between
     z_NMD = again.normalise(x_NMD)
@@ -687,21 +689,24 @@ def world(tmp_path_factory):
         yield world
 
 
+ASKED = """
+--excl 0                                      0 0 False 2e-05
+--excl .05                                    25 0 True 2e-05
+--excl-b .05                                  51 25 True 2e-05
+--recipe paper                                51 51 False 0.001
+--recipe paper --tie-shared --l1-shared 0     51 51 True 0.0
+--recipe paper --preset paper                 819 819 False 0.001
+"""  # n_a, n_b, tie_shared, l1_shared
+
+
 def test_recipe_and_preset_fill_in_what_is_not_asked_for_and_each_run_has_a_folder_of_its_own():
-    asked = {  # flags: n_a, n_b, tie_shared, l1_shared
-        "--excl 0": (0, 0, False, 2e-5),
-        "--excl .05": (25, 0, True, 2e-5),
-        "--excl-b .05": (51, 25, True, 2e-5),
-        "--recipe paper": (51, 51, False, 1e-3),
-        "--recipe paper --tie-shared --l1-shared 0": (51, 51, True, 0),
-        "--recipe paper --preset paper": (819, 819, False, 1e-3),
-    }
     folders = set()
-    for flags, expected in asked.items():
+    for flags, expected in cells_of(ASKED):
         s = dfc.parse_args(flags.split())
-        assert (s.n_a, s.n_b, s.tie_shared, s.l1_shared) == expected
+        assert f"{s.n_a} {s.n_b} {s.tie_shared} {s.l1_shared}" == expected
         folders.add(s.out)
-    assert len(folders) == len(asked)
+
+    assert len(folders) == 6
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -731,10 +736,36 @@ def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_e
     assert files(tmp_path) == done
 
     # the world's run has seed 0
-    ours = load_file(run / "model.safetensors")
-    theirs = load_file(world.run / "model.safetensors")
-    equal = all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert equal is (seed == 0)
+    theirs = (world.run / "model.safetensors").read_bytes()
+    assert (done[run / "model.safetensors"] == theirs) is (seed == 0)
+
+
+FILES = """
+--- FILE
+--- EMPTY.jsonl
+\t
+--- BROKEN.jsonl
+{"text": "a"}
+{"text":
+--- ONE.jsonl
+{"instruction": "i", "input": "q", "output": "a", "split": "train"}
+--- TWO.jsonl
+{"instruction": "i", "input": "q", "output": "a", "split": "train"}
+{"instruction": "i", "input": "q", "output": "a", "split": "validation"}
+--- LONE.jsonl
+{"instruction": "i", "input": "q", "output": "a", "prediction": "a"}
+{"instruction": "i", "input": "\\ud800", "output": "a", "prediction": "\\ud800"}
+--- OTHER.jsonl
+{"output": "[TOOL_CALLS] []", "prediction": "no"}
+--- MODEL/chat_template.jinja
+{{ raise_exception('no system role') }}
+--- DROPS/chat_template.jinja
+{{ messages[1]['content'] }}
+--- DAMAGED/metrics.json
+{"config": {"mod
+--- FOREIGN/metrics.json
+{}
+"""
 
 
 @once
@@ -743,8 +774,8 @@ def bad(world, tmp_path_factory):
     home = tmp_path_factory.mktemp("bad")
     for name in ("RUN", "DAMAGED", "FOREIGN"):
         shutil.copytree(world.run, home / name)
-    shutil.copytree(TINY / "base", home / "MODEL")
-    shutil.copytree(TINY / "base", home / "DROPS")
+    for name in ("MODEL", "DROPS", "PARTLY", "PREFIXED"):
+        shutil.copytree(TINY / "base", home / name)
     publish(home / "PICKLE", b_enc=Bomb())
 
     # a block left out, a prefix before each name
@@ -752,26 +783,10 @@ def bad(world, tmp_path_factory):
     kept = {name: w for name, w in weights.items() if ".layers.3." not in name}
     prefixed = {f"_orig_mod.{name}": w for name, w in weights.items()}
     for name, some in (("PARTLY", kept), ("PREFIXED", prefixed)):
-        shutil.copytree(TINY / "base", home / name)
         save_file(some, home / name / "model.safetensors", {"format": "pt"})
 
-    row = rows_in(TINY / "tools.jsonl")[0]
-    other_split = {**row, "split": "validation"}
-    half_a_pair = {**row, "input": "\ud800", "prediction": "\ud800"}
-    texts = {
-        "FILE": "",
-        "EMPTY.jsonl": " \n",
-        "BROKEN.jsonl": '{"text": "a"}\n{"text": \n',
-        "ONE.jsonl": as_lines(row),
-        "TWO.jsonl": as_lines(row, other_split),
-        "LONE.jsonl": as_lines({**row, "prediction": ""}) + json.dumps(half_a_pair),
-        "MODEL/chat_template.jinja": "{{ raise_exception('no system role') }}",
-        "DROPS/chat_template.jinja": "{{ messages[1]['content'] }}",
-        "OTHER.jsonl": as_lines({"output": "[TOOL_CALLS] []", "prediction": "no"}),
-        "DAMAGED/metrics.json": '{"config": {"mod',
-        "FOREIGN/metrics.json": "{}",
-    }
-    for name, text in texts.items():
+    for file in FILES.split("--- ")[1:]:
+        name, _, text = file.partition("\n")
         (home / name).write_text(text)
     return home
 
@@ -821,11 +836,10 @@ distinct         steer.py RUN --latents 999
 """
 
 
-@pytest.mark.parametrize("line", BAD.strip().splitlines())
+@pytest.mark.parametrize("said, command", cells_of(BAD))
 def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
-        line, bad, world, tmp_path, monkeypatch, capfd):
+        said, command, bad, world, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(bad)
-    said, command = re.split(r" {2,}", line)
     program, *argv = shlex.split(command)
     if program == "dfc.py":
         argv = [*world.flags, "--out", tmp_path / "run", *argv]
@@ -858,58 +872,69 @@ def test_an_error_line_has_the_hubs_answer_and_no_signed_address(capsys):
 
 
 # ---- 7. Scores -----------------------------------------------------------------------------------
-OTHER_NAME = WEATHER.replace("weather", "time")
-OTHER_VALUE = WEATHER.replace("3", "5")
-OTHER_TYPE = WEATHER.replace("3", '"3"')
-MORE_KEYS = WEATHER.replace("3}", '3, "x": 1}')
-TRAILING_COMMA = WEATHER.replace("3}", "3,}")
-HERMES = WEATHER.replace("parameters", "arguments")
-GOLDEN = [  # ToolRL's format and correctness; paper_overall; exact
-    ("1   3     2  1", ONE, says(WEATHER)),
-    ("1   0.75  2  0", ONE, says(SHORT)),
-    ("1   1.5   2  0", ONE, says(OTHER_VALUE)),
-    ("1   1.5   2  0", ONE, says(OTHER_TYPE)),
-    ("1   2.5   2  0", ONE, says(MORE_KEYS)),
-    ("1  -1.5   2  0", ONE, says(EMPTY)),
-    ("1  -3     2  0", ONE, says(OTHER_NAME)),
-    ("1  -3     2  1", ONE, says(HERMES)),
-    ("1  -3     2  0", ONE, says(TRAILING_COMMA)),
-    ("1   2.25  2  0", ONE, says(WEATHER, TIME)),
-    ("0   3     2  1", ONE, block(WEATHER)),
-    ("0  -3     2  0", ONE, f"{THINK}<tool_call>\n{WEATHER}"),
-    ("0  -3    -1  0", ONE, RESPONSE),
-    ("1   0     2  0", TWO, says(SHORT)),
-    ("1   3     2  1", TWO, says(TIME, SHORT)),
-    ("1  -0.5   2  0", row_of(says(SHORT, WEATHER)), says(SHORT)),
-    ("0   0     2  0", NONE, says(WEATHER)),
-    ("0   3     2  0", ONE, f"<think> t\n{block(WEATHER)}"),  # the thought does not end
-    ("1   0    -1  1", NONE, RESPONSE),
-]
-CHOICES = [  # what ToolRL's code decides where its formula leaves a choice
-    ("1   2.25  2  0", ONE, says(WEATHER, '{"name": "x"}')),  # no gold call has the name
-    ("1  -3     2  0", ONE, says(WEATHER, '{"name": "get_weather"}')),
-    ("1  -3     2  0", ONE, says('{"name": "get_weather", "parameters": []}')),
-    ("0   3     2  0", ONE, f"{THINK}<tool_call>\n{WEATHER}\n<tool_call>\n</tool_call>"),
-    ("0   3     2  0", ONE, f"<think> </tool_call> </think>\n<tool_call>\n{WEATHER}"),
-    ("1   3     2  1", ONE, f"{says(WEATHER)}<|im_end|>\nmore"),
-    ("0   0    -1  1", NONE, f"{RESPONSE}\nSo."),
-]
+GOLDEN = """
+1   3     2  1   THINK [ WEATHER ]         THINK [ WEATHER ]
+1   0.75  2  0   THINK [ WEATHER ]         THINK [ SHORT ]
+1   1.5   2  0   THINK [ WEATHER ]         THINK [ FIVE ]
+1   1.5   2  0   THINK [ WEATHER ]         THINK [ TEXT ]
+1   2.5   2  0   THINK [ WEATHER ]         THINK [ MORE ]
+1  -1.5   2  0   THINK [ WEATHER ]         THINK [ EMPTY ]
+1  -3     2  0   THINK [ WEATHER ]         THINK [ RENAMED ]
+1  -3     2  1   THINK [ WEATHER ]         THINK [ HERMES ]
+1  -3     2  0   THINK [ WEATHER ]         THINK [ COMMA ]
+1   2.25  2  0   THINK [ WEATHER ]         THINK [ WEATHER TIME ]
+0   3     2  1   THINK [ WEATHER ]         [ WEATHER ]
+0   3     2  0   THINK [ WEATHER ]         OPEN [ WEATHER ]
+0  -3     2  0   THINK [ WEATHER ]         THINK [ WEATHER
+0  -3    -1  0   THINK [ WEATHER ]         THINK RESPONSE
+1   0     2  0   THINK [ SHORT TIME ]      THINK [ SHORT ]
+1   3     2  1   THINK [ SHORT TIME ]      THINK [ TIME SHORT ]
+1  -0.5   2  0   THINK [ SHORT WEATHER ]   THINK [ SHORT ]
+0   0     2  0   THINK RESPONSE            THINK [ WEATHER ]
+1   0    -1  1   THINK RESPONSE            THINK RESPONSE
+"""  # ToolRL's format and correctness; paper_overall; exact; the gold answer; what is said
+CHOICES = """
+1   2.25  2  0   THINK [ WEATHER ]         THINK [ WEATHER {"name":"x"} ]
+1  -3     2  0   THINK [ WEATHER ]         THINK [ WEATHER BARE ]
+1  -3     2  0   THINK [ WEATHER ]         THINK [ LIST ]
+0   3     2  0   THINK [ WEATHER ]         THINK [ WEATHER [ ]
+0   3     2  0   THINK [ WEATHER ]         OPEN ] </think> [ WEATHER
+1   3     2  1   THINK [ WEATHER ]         THINK [ WEATHER ] <|im_end|> more
+0   0    -1  1   THINK RESPONSE            THINK RESPONSE So.
+"""  # what ToolRL's code decides where its formula leaves a choice
+EXACT = """
+1   1.5   2  0   THINK [ TEXT ]            THINK [ WEATHER ]
+1   3     2  1   THINK [ WEATHER ]         THINK [ DECIMAL ]
+1   3     0  0   THINK [ TRUE ]            THINK [ INT ]
+1   3     0  1   THINK [ BA ]              THINK [ AB ]
+0   0    -1  0   THINK RESPONSE            Yes.
+0   0    -1  1   Sunny.                    Yes.
+0   0    -1  1   Sunny.                    THINK RESPONSE
+0   0    -1  0   THINK RESPONSE            THINK
+1   0    -1  0   Sunny.                    THINK
+0   0    -1  0   THINK RESPONSE            OPEN
+0   0    -1  0   Sunny.                    OPEN
+1   0    -1  0   THINK RESPONSE            THINK <response> </response>
+0   0    -1  0   Sunny.                    THINK <response> </response>
+"""  # exact is equality as JSON has it, and a response where no call is wanted
 
 
-@pytest.mark.parametrize("expected, row, output", GOLDEN + CHOICES)
-def test_the_scorers_golden_table(expected, row, output):
-    s = ev.score(output, row)
+@pytest.mark.parametrize("line", cells_of(GOLDEN + CHOICES + EXACT), ids=" ".join)
+def test_the_scorers_golden_table(line):
+    *expected, gold, said = line
+
+    s = ev.score(spell(said), row_of(gold))
 
     names = "toolrl_format", "toolrl_correctness", "paper_overall", "exact"
-    assert [s[name] for name in names] == pytest.approx(list(map(float, expected.split())))
+    assert [s[name] for name in names] == pytest.approx(list(map(float, expected)))
     assert s["toolrl"] == s["toolrl_format"] + s["toolrl_correctness"]
 
 
 def test_the_parser_raises_nothing_whatever_goes_in():
     rng = random.Random(0)
-    pieces = ["<tool_call>", "</tool_call>", "</think>", "\n", WEATHER, "{", "}", '"name"', ":",
-              "[" * 3000, "null", "\x00", "\ud800", '{"name": 3}', '"arguments": "{}"', "1e999",
-              "9" * 5000, '{"name": "a", "arguments": "[1"}']
+    pieces = ["\n", "\x00", "\ud800", "[" * 3000, "9" * 5000]
+    pieces += """<tool_call> </tool_call> </think> { } "name" : null 1e999 {"name":3}
+        "arguments":"{}" {"name":"a","arguments":"[1"} {"name":"a","parameters":{}}""".split()
 
     for _ in range(2000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
@@ -922,61 +947,33 @@ def test_the_parser_raises_nothing_whatever_goes_in():
 
 
 def test_hermes_blocks_are_the_same_calls_and_what_is_broken_is_called_but_never_exact():
-    hermes = block(SHORT) + "\n" + block(TIME)
-    hermes = hermes.replace("parameters", "arguments")
-    as_text = json.dumps({"name": "get_time", "arguments": '{"tz": "CET"}'}, indent=1)
+    hermes = spell("[ SHORT ] [ TIME ]").replace("parameters", "arguments")
+    as_text = spell(r'[ { "name": "get_time", "arguments": "{\"tz\":\"CET\"}" } ]')
 
-    assert ev.parse_calls(hermes) == ev.parse_calls(block(SHORT, TIME))
-    assert ev.parse_calls(block(as_text)) == ([("get_time", '{"tz": "CET"}')], True)
+    assert ev.parse_calls(hermes) == ev.parse_calls(spell("[ SHORT TIME ]"))
+    assert ev.parse_calls(as_text) == ([("get_time", '{"tz": "CET"}')], True)
     for nothing in ('""', "null", "{}"):
-        no_parameters = block(f'{{"name": "f", "arguments": {nothing}}}')
+        no_parameters = spell(f'[ {{"name":"f","arguments":{nothing}}} ]')
         assert ev.parse_calls(no_parameters) == ([("f", "{}")], True)
-    assert ev.parse_calls(f"<think> {block(WEATHER)} </think> no") == ([], True)
+    assert ev.parse_calls(spell("<think> [ WEATHER ] </think> no")) == ([], True)
 
     not_closed = hermes.removesuffix("</tool_call>")
-    half_a_call = block(SHORT, TIME, "{")
-    empty_block = block() + hermes
-    for broken in (not_closed, half_a_call, empty_block):
-        s = ev.score(THINK + broken, TWO)
+    for broken in (not_closed, spell("[ SHORT TIME { ]"), spell("[ ]") + hermes):
+        s = ev.score(broken, TWO)
         assert s["called"] == 1
         assert s["name"] == s["exact"] == 0
 
 
-@pytest.mark.parametrize("said, gold, exact", [
-    ("3", '"3"', 0),
-    ("3.0", "3", 1),
-    ("1", "true", 0),
-    ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 1),
-])
-def test_exact_is_equality_as_json_has_it(said, gold, exact):
-    call_f = '{"name": "f", "parameters": {"x": %s}}'
+def test_a_tag_in_a_value_is_read_or_makes_the_row_unreadable():
+    readable = []
+    for tag in ("</think>", "<think>", "</tool_call>", "<|im_end|>"):
+        row = row_of("THINK [ SHORT ]")
+        row["output"] = row["output"].replace("Paris", tag)
+        assert ev.needs_tool(row)
+        if ev.is_readable(row):
+            readable.append(tag)
 
-    assert ev.score(says(call_f % said), row_of(says(call_f % gold)))["exact"] == exact
-
-
-@pytest.mark.parametrize("text, with_tag, without", [  # has the gold a <response>?
-    ("Yes.", 0, 1),
-    (RESPONSE, 1, 1),
-    (THINK, 0, 0),
-    ("<think> If", 0, 0),
-    (THINK + "<response> </response>", 0, 0),
-])
-def test_exact_is_a_response_where_no_call_is_wanted(text, with_tag, without):
-    assert ev.score(text, NONE)["exact"] == with_tag
-    assert ev.score(text, row_of("It rains."))["exact"] == without
-
-
-@pytest.mark.parametrize("tag, readable", [
-    ("</think>", True),
-    ("<think>", True),
-    ("</tool_call>", False),
-    ("<|im_end|>", False),
-])
-def test_a_tag_in_a_value_is_read_or_makes_the_row_unreadable(tag, readable):
-    row = row_of(says(SHORT.replace("Paris", tag)))
-
-    assert ev.needs_tool(row)
-    assert ev.is_readable(row) is readable
+    assert readable == ["</think>", "<think>"]
 
 
 def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
@@ -997,24 +994,24 @@ def totals_of(texts, rows):
 
 
 def test_totals_keep_rows_that_need_a_tool_apart():
-    said = [block(WEATHER), block(SHORT), RESPONSE, block(TIME)]
+    said = [spell(words) for words in ("[ WEATHER ]", "[ SHORT ]", "RESPONSE", "[ TIME ]")]
 
     total = totals_of(said, [ONE, TWO, NONE, NONE])
 
-    expected = {  # rows; percent exact, called, false calls
+    figures = {}
+    for group, found in total.items():
+        shares = [found[name]["pct"] for name in ("exact", "called", "false_call")]
+        figures[group] = [found["n"], *shares]
+    assert figures == {  # rows; percent exact, called, false calls
         "all": [4, 50, 75, 25],
         "needs": [2, 50, 100, 0],
         "none": [2, 50, 50, 50],
     }
-    assert total.keys() == expected.keys()
-    for group, figures in expected.items():
-        shares = [total[group][name]["pct"] for name in ("exact", "called", "false_call")]
-        assert [total[group]["n"], *shares] == figures
     assert total["needs"]["toolrl"] == {"mean": (3 + 0) / 2}
 
 
 def test_chance_never_reads_the_question_and_leaves_out_rows_without_tools():
-    empty = row_of(says(EMPTY))
+    empty = row_of("THINK [ EMPTY ]")
     no_tools = {**NONE, "instruction": "no tools"}
 
     lines = ev.chance([empty, ONE, NONE, no_tools])
@@ -1028,7 +1025,7 @@ def test_chance_never_reads_the_question_and_leaves_out_rows_without_tools():
 
 
 def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
-    right = {**ONE, "prediction": says(WEATHER)}
+    right = {**ONE, "prediction": ONE["output"]}
     wrong = {**ONE, "prediction": "\u2028 no"}
     bare = {"output": "Hi.", "prediction": "Hello."}  # lists no tools: not in the chance lines
     (tmp_path / "a.jsonl").write_text(as_lines(right, wrong, bare) + "\r\n")
@@ -1045,8 +1042,7 @@ def slowly(model, tokenizer, prompt, max_new, keep, v_D, everywhere=False):
     """A greedy answer, one token at a time, nothing kept from one pass to the next. Block 1's
     output h becomes keep h + v at the prompt's last token, or everywhere."""
     ids = tokenizer(prompt)["input_ids"]
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    ends += list(np.atleast_1d(model.config.eos_token_id))
+    ends = ev.end_tokens(model, tokenizer).tolist()
     places = slice(None) if everywhere else len(ids) - 1
 
     def edit(h_1TD):
@@ -1068,7 +1064,7 @@ def slowly(model, tokenizer, prompt, max_new, keep, v_D, everywhere=False):
 @pytest.mark.parametrize("family", ["the pair", "Llama", "Qwen3Next", "Mistral", "Gemma2", "GPT2"])
 def test_batched_answers_patched_once_or_at_every_token_equal_one_prompt_one_token_at_a_time(
         family, models, tokenizer):
-    model = models["A"]
+    model = models["toolrl"]
     if family != "the pair":  # one token in eight ends an answer
         model = random_model(family, eos_token_id=list(range(0, 1024, 8)))
         model.generation_config.no_repeat_ngram_size = 1  # which must not act
@@ -1327,7 +1323,7 @@ def test_what_is_done_to_a_and_b_and_each_control_is_as_long_at_every_prompt(
         run, survey, latents, monkeypatch):
     dev = survey.dev
     units = steer.control_units(run.cc, survey, latents, 3)
-    strengths = steer.Strengths(alpha=4., copy=3., constant=3., along=3.)
+    strengths = steer.Strengths(alpha=4., c=3., constant=3., along=3.)
 
     done = steer.list_interventions(run.cc, survey, latents, dev, strengths, units)
 
@@ -1339,17 +1335,16 @@ def test_what_is_done_to_a_and_b_and_each_control_is_as_long_at_every_prompt(
     unit_D = F.normalize(needs_D - none_D, dim=0)
     along_N = (dev.x_NMD[:, 0] - (needs_D + none_D) / 2) @ unit_D
     expected = [
-        ("down", "A", -write_ND),
-        ("up", "A", 3 * write_ND),
-        ("into B", "B", write_PD.mean(0)),  # the same to all prompts
-        ("into B", "B", write_PD[strongest]),
-        ("as in A", "B", 3 * write_ND),
-        ("as in A", "B", 3 * (needs_D - none_D)),
-        ("as in A", "B", 3 * along_N.relu()[:, None] * unit_D),
+        ("down: A", -write_ND),
+        ("up: A", 3 * write_ND),
+        ("into B: B", write_PD.mean(0)),  # the same to all prompts
+        ("into B: B", write_PD[strongest]),
+        ("as in A: B", 3 * write_ND),
+        ("as in A: B", 3 * (needs_D - none_D)),
+        ("as in A: B", 3 * along_N.relu()[:, None] * unit_D),
     ]
-    for todo, (kind, model, v_ND) in zip(done, expected, strict=True):
-        assert todo.kind == kind
-        assert todo.model == model
+    for todo, (kind_and_model, v_ND) in zip(done, expected, strict=True):
+        assert f"{todo.kind}: {todo.model}" == kind_and_model
         assert close(todo.v_ND, v_ND.expand_as(write_ND), 1e-3)
 
     # all measured together; a control of what is taken away is taken away
@@ -1388,28 +1383,28 @@ def test_every_token_and_plain_text_are_for_thorough_alone(run, survey, latents,
 
 
 VERDICTS = """
- 10  20  rise   5   3   8   9   beyond every control
- 10  20  rise   5   .   8   9   beyond random
- 10  20  rise   0   3   8   9   no
- 10  20  rise   5  -2   8   9   beyond random
-  0  20  rise   5   3   8   9   no
--20 -10  fall  -5  -3  -1  -9   beyond every control
--20 -10  fall   2  -3  -1  -9   no
--20 -10  fall  -5   .   .   .   beyond random
- 10  20  rise   .   .   .   .   a control itself
-"""  # effect lo, hi; sign; the end nearest to 0 of the margin over each control (.: none of it)
+ 10   20    +1   5   3   8   9   beyond every control
+ 10   20    +1   5   .   8   9   beyond random
+ 10   20    +1   0   3   8   9   no
+ 10   20    +1   5  -2   8   9   beyond random
+  0   20    +1   5   3   8   9   no
+-20  -10    -1   5   3   1   9   beyond every control
+-20    0    -1   5   3   1   9   no
+-20  -10    -1  -2   3   1   9   no
+-20  -10    -1   5   .   .   .   beyond random
+ 10   20    +1   .   .   .   .   a control itself
+"""  # effect lo, hi; sign; the lower end of the margin over each control (.: none of it)
 
 
-@pytest.mark.parametrize("line", VERDICTS.strip().splitlines())
+@pytest.mark.parametrize("line", cells_of(VERDICTS), ids=" ".join)
 def test_a_verdict_needs_the_intervals_of_effect_and_margins_beyond_0(line):
-    low, high, direction, *ends, verdict = line.split(maxsplit=7)
-    sign = {"rise": 1, "fall": -1}[direction]
+    low, high, sign, *ends, verdict = line
+    sign = int(sign)
     effect = {"lo": float(low), "hi": float(high)}
     margins = {}
-    for name, end in zip(("random", "latents", "A - B", "needs - none"), ends):
+    for name, end in zip(steer.CONTROLS, ends):
         if end != ".":
-            interval = sorted([float(end), float(end) + 5 * sign])
-            margins[name] = dict(zip(("lo", "hi"), interval))
+            margins[name] = {"lo": float(end), "hi": float(end) + 5}
 
     assert steer.verdict(effect, margins, sign) == verdict
 
@@ -1425,7 +1420,7 @@ def test_a_claim_is_the_change_from_clean_beside_that_of_each_control():
     assert claim.false_calls == 3
     assert claim.clean == {"exact": 100., "false_calls": 7.}
     assert claim.controls["A - B"] == [{**gone, "false_calls": 3.}]
-    assert claim.margins["random"] == gone
+    assert claim.margins["random"]["lo"] == 100  # beyond it, in the direction of the claim
     assert claim.margins["A - B"]["pp"] == 0
     assert claim.verdict == "beyond random"
 
@@ -1476,16 +1471,15 @@ def test_a_run_is_evaluated_and_keeps_every_answer_and_total(world, metrics):
 
 
 def test_a_run_is_steered_and_keeps_every_answer_and_claim(world, metrics):
-    kinds_and_controls = ["down 4", "up 4", "into B 4", "into B 4", "as in A 4", "as in A 0",
-                          "as in A 0", "down, every token 1"]
     lines = rows_in(world.run / "steer.jsonl")
-    rows = [row_of(line["gold"]) for line in lines]
+    rows = [{"output": line["gold"]} for line in lines]
     kinds = Counter(map(ev.needs_tool, rows))
 
     steering = metrics["steering"]
 
     found = [f"{claim['kind']} {len(claim['controls'])}" for claim in steering["claims"]]
-    assert found == kinds_and_controls
+    assert ", ".join(found) == ("down 4, up 4, into B 4, into B 4, as in A 4, as in A 0, "
+                                "as in A 0, down, every token 1")
     for claim in steering["claims"]:
         total = totals_of([line[claim["text"]] for line in lines], rows)
         change = total["needs"]["exact"]["pct"] - claim["clean"]["exact"]
@@ -1519,10 +1513,10 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
 
     # the answers
     f_NL = run.cc.encode(vectors_of(run, [prompt]))
-    v_VND = steer.delta(run.cc, f_NL, latents, 0)[None]
-    how = run.models["A"], run.tokenizer, [prompt], 12, layer
-    (clean,), = ev.generate(*how)
-    (steered,), = ev.generate(*how, v_VND=v_VND)
+    gone_ND = steer.delta(run.cc, f_NL, latents, 0)
+    v_VND = torch.stack([torch.zeros_like(gone_ND), gone_ND])
+    (clean,), (steered,) = ev.generate(
+        run.models["A"], run.tokenizer, [prompt], 12, layer, (1, 1), v_VND)
     assert f"alpha = 1\n{clean}" in out
     assert f"alpha = 0\n{steered}" in out
 
@@ -1537,15 +1531,12 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
     assert {int(i): float(f) for i, f in shown} == pytest.approx(fires, abs=.01)
 
 
-@pytest.mark.parametrize("n, masks", [
-    (20, {"enc_mask": torch.ones(2, 64), "dec_mask": torch.ones(64, 2)}),
-    (0, {}),
-])
+@pytest.mark.parametrize("n", [20, 0])
 def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
-        n, masks, world, tmp_path, monkeypatch):
+        n, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(dfc.PRESETS["tiny"], "tool_texts", str(world.rows))
-    theirs = publish("theirs/dfc-D8k", D=128, n=n, k=16, **masks)
+    theirs = publish("theirs/dfc-D8k", D=128, n=n, k=16)
 
     assert call(published, "theirs/dfc-D8k", "--preset", "tiny") == 0
 
@@ -1590,10 +1581,9 @@ def test_the_pair_behaves_as_its_readme_says(models, tokenizer):
     assert len(lines) == 10
 
     for name, kind, low, high in lines:
-        model = models["A" if name == "toolrl" else "B"]
         rows = [row for row in test if row["kind"] == kind][:20]
         prompts = [dfc.prompt_of(row, tokenizer) for row in rows]
-        said, = ev.generate(model, tokenizer, prompts, 64)
+        said, = ev.generate(models[name], tokenizer, prompts, 64)
 
         # the intervals overlap
         exact = totals_of(said, rows)["all"]["exact"]
@@ -1624,7 +1614,7 @@ def test_the_piece_in_the_readme_runs():
 
 
 GENERATE = """generate batches_by_length token_ids answer_prefix hooked end_tokens pad_left prefill
-    decode_greedily scale_and_add cache_argument"""
+    answer_versions decode_greedily scale_and_add cache_argument"""
 SCORE = """score parse_calls parse_block parameters_of as_number after_thought Parsed responds
     toolrl_format toolrl_correctness first_block match jaccard tool_names"""
 PIECES = {  # a piece and what to copy with it: an example
@@ -1738,13 +1728,14 @@ def test_saturation_takes_the_first_n_latents_away_and_copies_them(run, survey):
 def test_the_best_cell_is_chosen_on_dev_and_reported_on_test():
     weak = grid.Scaling(2., (5,))
     strong = grid.Scaling(4., (5,))
+    nothing = grid.Counts([0, 0], 0)
     dev = {
-        grid.CLEAN: grid.Counts([0, 0], 0),
+        grid.CLEAN: nothing,
         weak: grid.Counts([0, 1], 0),
         strong: grid.Counts([1, 1], 90),
     }
     test = {
-        grid.CLEAN: grid.Counts([0, 0], 0),
+        grid.CLEAN: nothing,
         weak: grid.Counts([1, 1], 3),
         strong: grid.Counts([1, 0], 60),
     }
