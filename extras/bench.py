@@ -218,7 +218,8 @@ def collect():
 def generate(versions=8, some=3):
     s = dfc.Settings()
     model, tokenizer = dfc.load_model(s.model_a, DEVICE)
-    prompts = training_texts(s, tokenizer, 80)[:40]  # whole prompts come first
+    _, prompts = ev.load_prompts(s.tool_texts, tokenizer, "test", 4096)
+    prompts = prompts[:40]
 
     def answer(prompts, versions):  # patched with zeros: the clock does not mind what is added
         ev.generate(model, tokenizer, prompts, 64, s.layer, [1.] * versions)

@@ -1,8 +1,9 @@
 """A published crosscoder as a run, which eval_toolcall.py, steer.py and grid.py can open.
 
 The authors' files are model.pt (W_enc (2, D, L), b_enc (L), W_dec (L, 2, D), b_dec (2, D) and the
-masks of a DFC), config.json (sizes) and hparams.json (the layer). The mean and scale of the vectors
-that it was trained on are lost: they are fitted again, on 600 training texts.
+masks of a DFC), config.json (sizes) and hparams.json (the layer; without, the preset's serves). The
+mean and scale of the vectors that it was trained on are lost: they are fitted again, on 600
+training texts.
 
     python extras/published.py antebe1/dfc-D8k-excl10-k45     # the paper's pair: a GPU, the hub
     python steer.py runs/antebe1--dfc-D8k-excl10-k45
@@ -30,12 +31,24 @@ def read_checkpoint(name):
     """The crosscoder in a folder or a hub name, frozen; nothing in it is executed."""
     sizes = read_json(name, "config.json")
     names = "activation_dim", "dict_size", "k", "n_a", "n_b"
+    missing = [key for key in names if key not in sizes]
+    if missing:
+        raise ValueError(f"its config.json tells no {', '.join(missing)}")
     cc = dfc.Crosscoder(*[sizes[key] for key in names])
     state = torch.load(cached_file(name, "model.pt"), map_location="cpu", weights_only=True)
     weights = {key: state[key] for key, _ in cc.named_parameters()}  # their masks are left out
     cc.load_state_dict(weights, strict=False)  # mean and scale keep 0 and 1
     cc.confine(cc.W_enc, cc.W_dec)
     return cc.requires_grad_(False)
+
+
+def layer_of(name):
+    """{"layer": what hparams.json tells}, or {} and a line that says so."""
+    try:
+        return {"layer": read_json(name, "hparams.json")["layer"]}
+    except (OSError, LookupError) as e:
+        print(f"{name} tells no layer, the preset's serves: {' '.join(str(e).split())[:100]}")
+        return {}
 
 
 def main(argv=None):
@@ -46,12 +59,11 @@ def main(argv=None):
     args = p.parse_args(argv)
     with dfc.errors_about(args.name):
         cc = read_checkpoint(args.name)
-        layer = read_json(args.name, "hparams.json")["layer"]
 
     # its own sizes and layer; models and texts of the preset
     L = len(cc.b_enc)
     asked = {"preset": args.preset, "recipe": "paper", "dict": L, "k": cc.k,
-             "excl": cc.n_a / L, "excl-b": cc.n_b / L, "layer": layer,
+             "excl": cc.n_a / L, "excl-b": cc.n_b / L, **layer_of(args.name),
              "out": args.out or f"runs/{args.name.strip('/').replace('/', '--')}"}
     s = dfc.parse_args([f"--{key}={value}" for key, value in asked.items()])
     if Path(s.out).exists():
