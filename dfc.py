@@ -26,9 +26,10 @@ D residual width, L latents, k active ones, T tokens, E = M D (a pair laid end t
     python dfc.py --recipe paper           # trained the published way, for comparison
     python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
 
-Where we leave the paper is marked, with the reason: [a] tied shared latents, [b] a fair start and
-[c] mean and scale kept, all in Crosscoder; [d] l1_penalty, [e] aux_loss, [f] schedule, [g]
-tool_prompts. --recipe paper undoes all but [c]. Sections 1 to 4 are the method.
+Where we leave the paper is marked, with the reason: [a] shared latents are tied, [b] all latents
+start with equal chances, [c] mean and scale are kept, [d] L1 is a sum, [e] dead latents are
+revived, [f] the learning rate falls, [g] whole prompts are among the texts. --recipe paper undoes
+all but [c]. Sections 1 to 4 are the method.
 """
 
 import argparse
@@ -141,7 +142,8 @@ class Crosscoder(nn.Module):
             W_dec[shared] = W_dec[shared, :1]
 
         # encoder [b]: a latent begins by reading what it writes. A shared one reads both models,
-        # so it is halved: pre = (z_A . row_A + z_B . row_B) / 2, the mean over the models
+        # so it is halved: pre = (z_A . row_A + z_B . row_B) / 2, the mean over the models. What
+        # is still unequal between the partitions, fair_start() makes equal
         W_enc = W_dec.permute(1, 2, 0).contiguous()
         W_enc[..., shared] /= 2
 
@@ -206,9 +208,9 @@ class Crosscoder(nn.Module):
 
     @torch.no_grad()
     def fair_start(self, x_BMD):
-        """[b] Give every partition's pre-activations the spread of the last one: the shared, if
-        anything is shared. An exclusive latent reads one model where a shared one reads two; drawn
-        as published it is at first picked 9 to 28 times less often."""
+        """[b] Give the pre-activations of all partitions the same spread, that of the last one (the
+        shared latents, if there are any). An exclusive latent reads one model where a shared one
+        reads two; drawn as published it is at first picked 9 to 28 times less often."""
         pre_BL = self.preactivate(self.normalise(x_BMD))
         parts = list(self.parts().values())
         spread = [pre_BL[:, part].std().clamp(min=1e-8) for part in parts]
@@ -236,8 +238,8 @@ def l1_penalty(mean_L, lambda_L, W_dec):
 
     Ours: a sum over latents, each weighed by the length of its row, or f could be shrunk for free
     by longer rows. lambda = 2e-5 makes it 1 to 10 % of the loss.
-    The paper: the sum of f. Its code: the mean of f over all latents. With its lambda = 1e-3 that
-    is 0.1 % of the loss."""
+    The paper: the sum of f. Its code, and --recipe paper: the mean of f over all latents. With its
+    lambda = 1e-3 that is 0.1 % of the loss."""
     return (lambda_L * mean_L * W_dec.flatten(1).norm(dim=1)).sum()
 
 
@@ -248,10 +250,11 @@ def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
         sum over partitions of  mean (z - zhat - sum_l f_l W_dec[l])^2
         f: the 2 k largest of the partition's dead latents; mean over the models that it writes
 
-    z - zhat is detached: the dead learn from the error and do not push the living. Partitions
-    compete apart, or the many shared latents would win every place."""
+    z - zhat is detached: the dead learn from the error and do not push the living. Each partition
+    has places of its own, or the many shared latents would win them all. A latent whose pre is
+    below 0 on the whole batch learns nothing in this step."""
     writes = {"A-exclusive": slice(0, 1), "B-exclusive": slice(1, 2), "shared": slice(0, 2)}
-    some = 1 + len(z_BMD) // 4  # a quarter of the batch revived as many as all of it
+    some = 1 + len(z_BMD) // 4  # the first quarter of a shuffled batch: the whole revived no more
     residual_BMD = (z_BMD - zhat_BMD).detach()[:some]
 
     total = z_BMD.new_zeros(())
@@ -293,7 +296,7 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
     order = batches(len(x_NMD), batch, seed)
     bf16 = bf16_pays(x_NMD.device, len(cc.b_enc))  # for the product in (2) alone, in training
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
-    cc.confine(cc.W_enc, cc.W_dec)
+    cc.confine(cc.W_enc, cc.W_dec)  # in case the weights were drawn anew
 
     lambda_L = torch.full_like(cc.b_enc.data, l1_shared)
     lambda_L[:cc.n_a + cc.n_b] = l1_excl
@@ -375,7 +378,8 @@ def token_ids(tokenizer, texts):
 @contextlib.contextmanager
 def hooked(model, layer, edit):
     """Within it block `layer`, counted from 0, puts out edit(h_BTD) for h_BTD (paper section 4).
-    The blocks are the text model's first list of modules with as many entries as it has layers."""
+    The blocks (model.model.layers in Llama and Qwen) are found in any model as the first list of
+    modules with as many entries as there are layers."""
     depth = model.config.get_text_config().num_hidden_layers
     lists = (m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList))
     blocks = next(m for m in lists if len(m) == depth)
@@ -495,8 +499,8 @@ def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", 
     else:
         tool_texts = tool_prompts(rows, tokenizer, n, seed)
 
-    # what the tokenizer puts in front of any text, "<bos>" for Gemma and nothing for Qwen; the
-    # chat template of tool texts brings its own
+    # some tokenizers put a BOS token in front of every text: Gemma's does, Qwen's does not. Chat
+    # templates bring their own
     bos = tokenizer.decode(tokenizer("")["input_ids"])
     plain_texts = [bos + piece for piece in plain_chunks(plain_file, tokenizer, split, n, cache)]
     if not tool_texts or not plain_texts:
@@ -819,8 +823,9 @@ def open_rows(name, stream):
 
 
 def fingerprint(name_a, name_b, texts, layer, device):
-    """A hash of what changes collected vectors; of the models' files (on the hub, links in a folder
-    named by the commit) the time stamps. Raises ValueError."""
+    """A hash of all that collected vectors depend on. Of a model in a local folder these are also
+    its files' time stamps; of one on the hub the folder's name, which holds the commit. Raises
+    ValueError."""
     what = [texts, layer, device]
     for name in (name_a, name_b):
         with errors_about(name):

@@ -28,7 +28,8 @@ An example and its verdict:
                 </tool_call>
     prediction  the same with "days": 5
     verdict     exact 0   name 1   called 1   paper_overall 2
-                toolrl 1 + 1.5: the format, and 6 * 3 / 4 - 3, for 3 of 4 points
+                toolrl 1 + 1.5: the format, and 6 * 3 / 4 - 3, as name, keys and city earn 3 of
+                the 4 points of name, keys, city and days
 
 Shapes: N prompts, M = 2 models (A, B), D width, V versions of an answer (what is patched in),
 B prompts of a batch, R answers in flight (B prompts in some versions), T tokens.
@@ -114,7 +115,7 @@ def parse_calls(text):
 
 
 def parse_block(body):
-    """The calls between two tags; a line that is no call is skipped."""
+    """The calls between two tags; a line that is no call is skipped, and the rest still read."""
     read = json.JSONDecoder(parse_float=as_number).raw_decode
     calls = []
     tidy = body.strip() != ""
@@ -328,7 +329,7 @@ def totals(scores, rows):
 
 def chance(rows, seed=0):
     """{line: totals} of three answers that never read the question, on the rows that list tools."""
-    rows = [row for row in rows if tool_names(row.get("instruction") or "")]
+    rows = [row for row in rows if tool_names(str(row.get("instruction") or ""))]
     if not rows:
         return {}
     rng = random.Random(seed)
@@ -358,9 +359,13 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1.,), v_VND=No
     """Greedy answers, each prompt in V versions -> [V][N] texts. (Paper section 4.)
 
     In version v the output h of block `layer` at prompt n's last token becomes keep_V[v] h +
-    v_VND[v, n], once: keep 1 adds, keep 0 replaces, the default changes nothing and is "clean". A
-    patch there leaves the keys and values before it as they are: they are computed once for all
-    versions. at_once bounds the tokens in flight."""
+    v_VND[v, n], once: keep 1 adds, keep 0 replaces, the default changes nothing and is "clean".
+
+        tokens 1 ... T-1      the last token T           the answer
+        read once, kept in    read once for a version,   greedy, from the version's
+        the cache             with its patch             own copy of the cache
+
+    at_once bounds the tokens in flight."""
     ids = token_ids(tokenizer, prompts)
     keep_V = torch.tensor(keep_V, dtype=model.dtype, device=model.device)
     if v_VND is None:
@@ -392,6 +397,11 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1.,), v_VND=No
                     bar.update()
     bar.close()
     return answers
+
+
+def scale_and_add(keep, v, h):
+    """An edit for hooked(): h -> keep h + v."""
+    return keep * h + v
 
 
 def answer_versions(model, ids_BT, mask_BT, cache, layer, keep_V, v_VBD, max_new, ends):
@@ -468,29 +478,15 @@ def decode_greedily(model, next_R1, mask_RT, cache, layer, patch, max_new, ends)
             cache.reorder_cache(going)
             mask_RT = mask_RT[going]
             next_R = next_R[going]
-            active = [active[i] for i in going.tolist()]
+            active = [active[row] for row in going.tolist()]
         if not active:
             break
 
-        for answer, token in zip(active, next_R.tolist()):
-            answers[answer].append(token)
+        for i, token in zip(active, next_R.tolist()):
+            answers[i].append(token)
         next_R1 = next_R[:, None]
         mask_RT = F.pad(mask_RT, (0, 1), value=1)
     return answers
-
-
-def scale_and_add(keep, v, h):
-    """An edit for hooked(): h -> keep h + v."""
-    return keep * h + v
-
-
-def cache_argument(model):
-    """What this version of transformers calls the cache: it was renamed within version 5. Raises
-    ValueError for a model that keeps none."""
-    for name in ("cache", "past_key_values"):
-        if name in inspect.signature(model.forward).parameters:
-            return name
-    raise ValueError(f"{type(model).__name__} keeps no cache of what it has read")
 
 
 # ---- 4. Reconstruction, and what it has to beat --------------------------------------------------
@@ -589,14 +585,6 @@ def is_readable(row):
 def describe(rows):
     """How many rows need a tool, in words."""
     return f"{sum(map(needs_tool, rows))} of {len(rows)} need a tool"
-
-
-def check_call_format(rows):
-    """Raises ValueError where no gold answer has a call that we can see, but some look like one."""
-    call_like = r'\[TOOL_CALLS\]|<\|python_tag\|>|"name"\s*:'
-    other = [row["output"] for row in rows if re.search(call_like, after_thought(row["output"]))]
-    if other and not any(map(needs_tool, rows)):
-        raise ValueError(f"no gold answer calls a tool between <tool_call> tags, but: {other[0]}")
 
 
 def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat"):
@@ -752,6 +740,24 @@ def main(argv=None):
     get = functools.cache(load_model)  # runs of one pair share its models
     for name in args.runs or [None]:
         evaluate(open_run(name, get), args.rows, args.template)
+
+
+# ---- 7. Plumbing ---------------------------------------------------------------------------------
+def cache_argument(model):
+    """What this version of transformers calls the cache: it was renamed within version 5. Raises
+    ValueError for a model that keeps none."""
+    for name in ("cache", "past_key_values"):
+        if name in inspect.signature(model.forward).parameters:
+            return name
+    raise ValueError(f"{type(model).__name__} keeps no cache of what it has read")
+
+
+def check_call_format(rows):
+    """Raises ValueError where no gold answer has a call that we can see, but some look like one."""
+    call_like = r'\[TOOL_CALLS\]|<\|python_tag\|>|"name"\s*:'
+    other = [row["output"] for row in rows if re.search(call_like, after_thought(row["output"]))]
+    if other and not any(map(needs_tool, rows)):
+        raise ValueError(f"no gold answer calls a tool between <tool_call> tags, but: {other[0]}")
 
 
 if __name__ == "__main__":

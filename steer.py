@@ -2,13 +2,9 @@
 
 Take the A-exclusive latent that best separates prompts that need a tool from prompts in the same
 template that do not. Change it at the prompt's last token, where the answer begins. Count the exact
-calls. A line of what is printed, shortened:
+calls.
 
-                        exact calls, %          changes by controls, pp        margin over the
-                        clean  change, 95 %     random  latents  A - B  needs - none   strongest
-    taken away from A      91  -88 [-94, -80]    -2..1   -11..1     -9       -90    -2 [-6, +0]
-
-What is done, with S the latents that are changed, one or several, and
+What is done. S are the latents that are changed, one or several; c is a strength:
 
     written_n = sum_{l in S} f_nl W_dec[l, A] scale_A        (8) what S writes into A at prompt n
 
@@ -27,16 +23,27 @@ controls: pushes of the same length on each prompt, along another direction:
     A - B         the difference of the models' means on prompts that need a tool
     needs - none  the difference of A's means between the two kinds of prompt
 
-The last needs no dictionary. It is also tried as one would use it without one: "constant" is the
-same push on all prompts, "A along" pushes as far as A's own vector reaches in that direction.
+The last needs no dictionary. It is also tried as one would use it without one. With u its unit
+vector and m the point halfway between the two means:
 
-The margin is the effect less that of the strongest control, on the same prompts; negative: the
-control does more. The verdict on exact calls:
+    constant      c (needs - none) on all prompts
+    A along       c max(0, <x_nA - m, u>) u: as far as A's own vector reaches along it
+
+The margin is the effect less that of the strongest control, on the same prompts; it is negative
+where the control does more. The verdict on exact calls:
 
     no                    the 95 % interval of the effect, or of its margin over random directions,
-                          reaches 0
-    beyond random         both intervals lie beyond 0
-    beyond every control  the margins over the three other kinds of control lie beyond 0, too
+                          does not lie beyond 0
+    beyond random         both do
+    beyond every control  so do the margins over the three other kinds of control
+    a control itself      nothing to compare with
+    too few rows          fewer than 20 prompts that need a tool
+
+A line of what is printed, shortened:
+
+                        exact calls, %          changes by controls, pp        margin over the
+                        clean  change, 95 %     random  latents  A - B  needs - none   strongest
+    taken away from A      91  -88 [-94, -80]    -2..1   -11..1     -9       -90    -2 [-6, +0]
 
 The verdict does not see false calls, tool calls on prompts that need none: they stand beside it.
 The latent, alpha and c are chosen on dev rows, everything is reported on test rows.
@@ -92,7 +99,31 @@ CONTROLS = ("random", "latents", "A - B", "needs - none")
 ALPHAS = (1.25, 1.5, 2., 2.5, 3., 4., 6., 8., 16., 32.)  # of up
 
 
-# ---- 1. Which latent? ----------------------------------------------------------------------------
+# ---- 1. Prompts ----------------------------------------------------------------------------------
+@dataclass
+class Prompts:
+    """Prompts up to the assistant's turn, and what both models hold at their last token."""
+
+    rows: list             # tool rows, dicts
+    texts: list            # the prompts themselves
+    x_NMD: torch.Tensor    # both models' vectors
+    f_NL: torch.Tensor     # the latents they encode to
+    needs_N: torch.Tensor  # does the right answer call a tool?
+
+
+def read_prompts(run, split, most=None):
+    """The prompts of a split, at most `most` of each kind. Raises ValueError, also where fewer than
+    two need a tool, or two do not."""
+    s = run.settings
+    rows, texts = load_prompts(s.tool_texts, run.tokenizer, split, run.longest_prompt, most)
+    x_NMD = collect_both(run.models, run.tokenizer, texts, s.layer)
+    needs_N = torch.tensor([needs_tool(row) for row in rows])
+    if not 1 < needs_N.sum() < len(rows) - 1:
+        raise ValueError(f"among {split} rows two must need a tool and two must not")
+    return Prompts(rows, texts, x_NMD, run.cc.encode(x_NMD), needs_N)
+
+
+# ---- 2. Which latent? ----------------------------------------------------------------------------
 def cohens_d(f_PL, f_QL):
     """(mean P - mean Q) / sqrt((var P + var Q) / 2) per latent. (Paper section 4, ranking.)"""
     spread_L = ((f_PL.double().var(0) + f_QL.double().var(0)) / 2).sqrt()
@@ -151,26 +182,6 @@ def partition_of(cc, latent):
 
 
 @dataclass
-class Prompts:
-    """Prompts up to the assistant's turn, and what both models hold at their last token."""
-
-    rows: list             # tool rows, dicts
-    texts: list            # the prompts themselves
-    x_NMD: torch.Tensor    # both models' vectors
-    f_NL: torch.Tensor     # the latents they encode to
-    needs_N: torch.Tensor  # does the right answer call a tool?
-
-
-def read_prompts(run, split, most=None):
-    """The prompts of a split, at most `most` of each kind. Raises ValueError."""
-    s = run.settings
-    rows, texts = load_prompts(s.tool_texts, run.tokenizer, split, run.longest_prompt, most)
-    x_NMD = collect_both(run.models, run.tokenizer, texts, s.layer)
-    needs_N = torch.tensor([needs_tool(row) for row in rows])
-    return Prompts(rows, texts, x_NMD, run.cc.encode(x_NMD), needs_N)
-
-
-@dataclass
 class Survey:
     """What dev rows tell of the latents, and of directions that need no dictionary."""
 
@@ -183,12 +194,9 @@ class Survey:
 
 
 def survey_latents(run):
-    """Rank the latents on dev rows. Raises ValueError where rows of a kind are missing."""
+    """Rank the latents on dev rows. Raises ValueError."""
     s = run.settings
     dev = read_prompts(run, "dev")
-    n_needs = int(dev.needs_N.sum())
-    if not 1 < n_needs < len(dev.rows) - 1:
-        raise ValueError("among dev rows two must need a tool and two must not")
 
     # two contrasts: prompts in the same template, and tool texts against plain text
     tool_texts, plain_texts = load_texts(
@@ -232,37 +240,7 @@ def choose_latents(cc, ranking, asked=None):
     return latents
 
 
-def exclusivity(cc, x_NMD, f_NL):
-    """(nu_error_L, nu_recon_L): is what a latent writes into A in B's activations too? (In the
-    ranking for information; no verdict uses it.)
-
-    Latent Scaling (arXiv 2504.02922): how much of the latent's A row d is in a model's y?
-
-        beta_m(y) = sum_n <f_n d, y_nm> / sum_n |f_n d|^2           nu = beta_B / beta_A
-        nu_recon:   y = zhat less its mean over prompts (theirs: zhat as it is)
-        nu_error:   y = z - zhat + f_n W_dec[l, m], the error without this latent
-
-    Both are 0 for what only A has and 1 for what both have alike; |nu_error| < .2 and |nu_recon| <
-    .5 count as A's own. In normalised units, for in raw ones nu carries scale_B / scale_A. A beta
-    is negative where other latents write the opposite; 1e9 stands for a division by zero."""
-    zhat_NMD = cc.decode_normalised(f_NL)
-    error_NMD = cc.normalise(x_NMD) - zhat_NMD
-    d_LD = cc.W_dec[:, 0]
-
-    def numerator(y_NMD):  # of beta; the denominator cancels in nu
-        return torch.einsum("nmd,ld,nl->lm", y_NMD, d_LD, f_NL)
-
-    # in nu_error y is another one for each latent: its own part of the numerator is added after,
-    # sum_n <f_n d, f_n W_dec[l, m]> = sum_n f_n^2 <d, W_dec[l, m]>
-    own_LM = f_NL.pow(2).sum(0)[:, None] * (cc.W_dec * d_LD[:, None]).sum(2)
-    error_LM = numerator(error_NMD) + own_LM
-    recon_LM = numerator(zhat_NMD - zhat_NMD.mean(0))
-
-    nu_error_L, nu_recon_L = (b_LM[:, 1] / b_LM[:, 0] for b_LM in (error_LM, recon_LM))
-    return nu_error_L.nan_to_num(1e9, 1e9, -1e9), nu_recon_L.nan_to_num(1e9, 1e9, -1e9)
-
-
-# ---- 2. What is added ----------------------------------------------------------------------------
+# ---- 3. What is added ----------------------------------------------------------------------------
 def written(cc, f_NL, latents):
     """(8) What latents write into A -> (N, D), in raw units."""
     return f_NL[:, latents] @ (cc.W_dec[latents, 0] * cc.scale[0])
@@ -303,12 +281,14 @@ def control_units(cc, survey, latents, most_latents):
     for latent in d_L.argsort(descending=True).tolist():
         if part.start <= latent < part.stop and survey.live_L[latent] and latent not in latents:
             others.append(latent)
-    return {
+    directions = {
         "random": random_units(10, survey.a_minus_b_D),
-        "latents": F.normalize(cc.W_dec[others[:most_latents], 0], dim=1),
-        "A - B": F.normalize(survey.a_minus_b_D[None]),
-        "needs - none": F.normalize(survey.needs_minus_none_D[None]),
+        "latents": cc.W_dec[others[:most_latents], 0],
+        "A - B": survey.a_minus_b_D[None],
+        "needs - none": survey.needs_minus_none_D[None],
     }
+    # a direction of length 0, such as A - B where B is A, is no control
+    return {name: F.normalize(d_UD[d_UD.norm(dim=1) > 0]) for name, d_UD in directions.items()}
 
 
 def as_long_as(v_ND, units):
@@ -325,7 +305,7 @@ def reach_along(x_ND, direction_D, middle_D):
     return reach_N[:, None] * unit_D
 
 
-# ---- 3. Measure ----------------------------------------------------------------------------------
+# ---- 4. Measure ----------------------------------------------------------------------------------
 class Outcome(NamedTuple):
     """What a model answers to prompts."""
 
@@ -405,12 +385,12 @@ class Strengths(NamedTuple):
 def choose_strengths(run, survey, latents, few_dev):
     """The Strengths. Six of each are tried in B, those of ALPHAS in A."""
     in_b = (.25, .5, 1, 2, 4, 8)
-    more = [alpha - 1 for alpha in ALPHAS]  # (9): what alpha adds, in units of (8)
+    added = [alpha - 1 for alpha in ALPHAS]  # by (9), in units of (8)
     written_ND = written(run.cc, few_dev.f_NL, latents)
     constant_ND = survey.needs_minus_none_D.expand_as(written_ND)
     along_ND = reach_along(few_dev.x_NMD[:, 0], survey.needs_minus_none_D, survey.middle_D)
     return Strengths(
-        alpha=1 + best_strength(run, "A", few_dev, written_ND, more),
+        alpha=1 + best_strength(run, "A", few_dev, written_ND, added),
         c=best_strength(run, "B", few_dev, written_ND, in_b),
         constant=best_strength(run, "B", few_dev, constant_ND, in_b),
         along=best_strength(run, "B", few_dev, along_ND, in_b),
@@ -422,7 +402,7 @@ def list_interventions(cc, survey, latents, test, strengths, units):
     s = strengths
     written_ND = written(cc, test.f_NL, latents)
 
-    # one f for all prompts
+    # one f for all prompts, the mean or maximum of dev prompts
     f_PL = survey.dev.f_NL[survey.dev.needs_N]
     mean_ND = written(cc, f_PL.mean(0, keepdim=True), latents).expand_as(written_ND)
     maximum_ND = written(cc, f_PL.amax(0, keepdim=True), latents).expand_as(written_ND)
@@ -491,7 +471,7 @@ def measure_plain_text(run, latents, random_UD, texts):
     return {"nats": own, "random": [change["pp"] for change in controls]}
 
 
-# ---- 4. Compare: intervals and verdict -----------------------------------------------------------
+# ---- 5. Compare: intervals and verdict -----------------------------------------------------------
 @dataclass
 class Claim:
     """An intervention's effect beside its controls; all figures in percent, or points of it."""
@@ -586,7 +566,7 @@ def steer(run, survey, latents, most_rows=40, thorough=False):
     return Result(latents, rows, own_rows, claims, plain_text), answers, test
 
 
-# ---- 5. Print ------------------------------------------------------------------------------------
+# ---- 6. Print ------------------------------------------------------------------------------------
 def print_result(result, folder, layer):
     """The table; every figure in percent or percentage points."""
     names = " ".join(map(str, result.latents))
@@ -632,7 +612,7 @@ def margin_cell(margins):
     return "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**smallest)
 
 
-# ---- 6. Your own prompt, and where a latent fires ------------------------------------------------
+# ---- 7. Your own prompt, and where a latent fires ------------------------------------------------
 def own_prompt(run, text):
     """The prompt of a user's words in the test row that has most words in common with them: a call
     can only be right if its tool is listed."""
@@ -655,6 +635,9 @@ def steer_own_words(run, latents, text, alphas):
     tokens of the clean one, of prompt and answer, at which the latents survive the top k."""
     layer = run.settings.layer
     prompt = own_prompt(run, text)
+    n_prompt = len(token_ids(run.tokenizer, prompt))
+    if n_prompt > run.longest_prompt:
+        raise ValueError(f"a prompt of {n_prompt} tokens: {run.longest_prompt} at most")
     alphas = [1., *alphas]
     f_NL = run.cc.encode(collect_both(run.models, run.tokenizer, [prompt], layer))
     v_VND = torch.stack([delta(run.cc, f_NL, latents, alpha) for alpha in alphas])
@@ -665,7 +648,6 @@ def steer_own_words(run, latents, text, alphas):
 
     # the clean answer read again, token by token
     clean = said[0][0].removeprefix(answer_prefix(prompt))
-    n_prompt = len(token_ids(run.tokenizer, prompt))
     ids = token_ids(run.tokenizer, prompt + clean)
     ids_1T = torch.tensor([ids], device=f_NL.device)
     x = [residual_stream(model, ids_1T, layer)[0] for model in run.models.values()]
@@ -676,7 +658,37 @@ def steer_own_words(run, latents, text, alphas):
             print(f"{i + 1:5d} {run.tokenizer.decode(ids[i])!r:20s}{f_TL[i, latent]:8.2f}")
 
 
-# ---- 7. The program ------------------------------------------------------------------------------
+# ---- 8. Latent Scaling: two columns of ranking.csv, which no verdict uses -----------------------
+def exclusivity(cc, x_NMD, f_NL):
+    """(nu_error_L, nu_recon_L): is what a latent writes into A in B's activations too?
+
+    Latent Scaling (arXiv 2504.02922): how much of the latent's A row d is in a model's y?
+
+        beta_m(y) = sum_n <f_n d, y_nm> / sum_n |f_n d|^2           nu = beta_B / beta_A
+        nu_recon:   y = zhat less its mean over prompts (theirs: zhat as it is)
+        nu_error:   y = z - zhat + f_n W_dec[l, m], the error without this latent
+
+    Both are 0 for what only A has and 1 for what both have alike; |nu_error| < .2 and |nu_recon| <
+    .5 count as A's own. In normalised units, for in raw ones nu carries scale_B / scale_A. A beta
+    is negative where other latents write the opposite; 1e9 stands for a division by zero."""
+    zhat_NMD = cc.decode_normalised(f_NL)
+    error_NMD = cc.normalise(x_NMD) - zhat_NMD
+    d_LD = cc.W_dec[:, 0]
+
+    def numerator(y_NMD):  # of beta; the denominator cancels in nu
+        return torch.einsum("nmd,ld,nl->lm", y_NMD, d_LD, f_NL)
+
+    # in nu_error y is another one for each latent: its own part of the numerator is added after,
+    # sum_n <f_n d, f_n W_dec[l, m]> = sum_n f_n^2 <d, W_dec[l, m]>
+    own_LM = f_NL.pow(2).sum(0)[:, None] * (cc.W_dec * d_LD[:, None]).sum(2)
+    error_LM = numerator(error_NMD) + own_LM
+    recon_LM = numerator(zhat_NMD - zhat_NMD.mean(0))
+
+    nu_error_L, nu_recon_L = (b_LM[:, 1] / b_LM[:, 0] for b_LM in (error_LM, recon_LM))
+    return nu_error_L.nan_to_num(1e9, 1e9, -1e9), nu_recon_L.nan_to_num(1e9, 1e9, -1e9)
+
+
+# ---- 9. The program ------------------------------------------------------------------------------
 def parse_args(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("run", nargs="?", help="run folder (default: the newest)")
