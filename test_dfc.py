@@ -933,8 +933,9 @@ def test_the_scorers_golden_table(line):
 def test_the_parser_raises_nothing_whatever_goes_in():
     rng = random.Random(0)
     pieces = ["\n", "\x00", "\ud800", "[" * 3000, "9" * 5000]
-    pieces += """<tool_call> </tool_call> </think> { } "name" : null 1e999 {"name":3}
-        "arguments":"{}" {"name":"a","arguments":"[1"} {"name":"a","parameters":{}}""".split()
+    pieces += """<tool_call> </tool_call> </think> { } "name" : null 1e999 "arguments":"{}"
+        {"name":3,"parameters":{}} {"name":"a","parameters":{}}
+        {"name":"a","arguments":"[1"}""".split()
 
     for _ in range(2000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
@@ -1505,7 +1506,7 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
     text = rows_in(run.settings.tool_texts, "test")[2]["instruction"]
     layer = run.settings.layer
 
-    steer.steer_own_words(run, latents, text, [0.])
+    steer.steer_own_words(run, latents, text, [4.])
 
     out = capsys.readouterr().out
     prompt = steer.own_prompt(run, text)
@@ -1513,12 +1514,12 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
 
     # the answers
     f_NL = run.cc.encode(vectors_of(run, [prompt]))
-    gone_ND = steer.delta(run.cc, f_NL, latents, 0)
-    v_VND = torch.stack([torch.zeros_like(gone_ND), gone_ND])
+    v_VND = torch.stack([steer.delta(run.cc, f_NL, latents, alpha) for alpha in (1, 4)])
     (clean,), (steered,) = ev.generate(
         run.models["A"], run.tokenizer, [prompt], 12, layer, (1, 1), v_VND)
     assert f"alpha = 1\n{clean}" in out
-    assert f"alpha = 0\n{steered}" in out
+    assert f"alpha = 4\n{steered}" in out
+    assert steered != clean
 
     # where the latent fires in the clean one
     ids_1T = torch.tensor([dfc.token_ids(run.tokenizer, prompt.removesuffix("<think>") + clean)])
