@@ -204,7 +204,7 @@ class Crosscoder(nn.Module):
         """[c] Keep the training vectors' mean and root mean square, so that encode() takes and
         decode() returns raw activations. Published, both are lost before the evaluation."""
         self.mean.copy_(x_NMD.float().mean(0))
-        self.scale.copy_((x_NMD - self.mean).pow(2).mean((0, 2)).sqrt().clamp(min=1e-8))
+        self.scale.copy_((x_NMD - self.mean).pow(2).mean((0, 2)).sqrt())
 
     @torch.no_grad()
     def fair_start(self, x_BMD):
@@ -350,7 +350,7 @@ def fve(x_BMD, xhat_BMD):
     """Fraction of variance explained per model, (M,): 1 is perfect, predicting the mean gives 0."""
     error_M = (x_BMD - xhat_BMD).double().pow(2).sum((0, 2))
     variance_M = (x_BMD - x_BMD.double().mean(0)).pow(2).sum((0, 2))
-    return 1 - error_M / variance_M.clamp(min=1e-30)
+    return 1 - error_M / variance_M
 
 
 # ---- 4. Activations ------------------------------------------------------------------------------
@@ -504,8 +504,7 @@ def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", 
     bos = tokenizer.decode(tokenizer("")["input_ids"])
     plain_texts = [bos + piece for piece in plain_chunks(plain_file, tokenizer, split, n, cache)]
     if not tool_texts or not plain_texts:
-        raise ValueError(f"{len(tool_texts)} tool and {len(plain_texts)} plain texts for {split}: "
-                         "too few")
+        raise ValueError(f"too few texts for {split}: {len(tool_texts)}, {len(plain_texts)} plain")
     return tool_texts, plain_texts
 
 
@@ -817,7 +816,7 @@ def open_rows(name, stream):
     if name.endswith(".jsonl"):
         return map(json.loads, filter(bytes.strip, Path(name).read_bytes().splitlines()))
     path, _, config = name.partition(":")
-    with errors_about(f"{name} (no .jsonl, so a dataset: pip install datasets)"):
+    with errors_about(f"the dataset {name} (no .jsonl; needs: pip install datasets)"):
         from datasets import load_dataset
         return load_dataset(path, config or None, split="train", streaming=stream)
 
@@ -853,6 +852,7 @@ def cli(main, argv=None):
     if not sys.stderr.isatty():  # on a terminal the hub's retries and downloads are seen
         logging.disable_progress_bar()
         logging.get_logger("huggingface_hub").setLevel(logging.ERROR)
+        os.environ |= {"DATASETS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     try:
         return main(argv)
     except (ValueError, OSError, RuntimeError) as e:

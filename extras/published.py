@@ -43,11 +43,14 @@ def read_checkpoint(name):
 
 
 def layer_of(name):
-    """{"layer": what hparams.json tells}, or {} and a line that says so."""
+    """{"layer": what hparams.json tells}, or {} where there is no such file, and a line that says
+    so. Raises OSError where the hub does not answer."""
     try:
         return {"layer": read_json(name, "hparams.json")["layer"]}
-    except (OSError, LookupError) as e:
-        print(f"{name} tells no layer, the preset's serves: {' '.join(str(e).split())[:100]}")
+    except OSError as e:
+        if "does not appear to have a file" not in str(e):
+            raise
+        print(f"{name} has no hparams.json: the preset's layer serves")
         return {}
 
 
