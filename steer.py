@@ -236,7 +236,8 @@ def choose_latents(cc, ranking, asked=None):
     homes = {partition_of(cc, latent) for latent in latents}
     if len(homes) != 1 or homes & {None, "B-exclusive"} or len(set(latents)) < len(latents):
         raise ValueError(f"latents {latents}: name distinct ones of one partition that writes into "
-                         f"A; {partition} ones that fire more where a tool is needed: {best[:9] or 'none'}")
+                         f"A; {partition} ones that fire more where a tool is needed: "
+                         f"{best[:9] or 'none'}")
     return latents
 
 
