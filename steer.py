@@ -338,6 +338,12 @@ def outcomes_in(run, m, prompts, v_VND):
     return outcomes(run.models[m], run.tokenizer, prompts, s.layer, v_VND, s.max_new)
 
 
+def clean_outcomes(run, prompts):
+    """{"A", "B": the Outcome when nothing is added}."""
+    nothing_VND = torch.zeros(1, *prompts.x_NMD[:, 0].shape)
+    return {m: outcomes_in(run, m, prompts, nothing_VND)[0] for m in "AB"}
+
+
 class Intervention(NamedTuple):
     """Something done to a model at the prompts' last tokens."""
 
@@ -540,8 +546,7 @@ def steer(run, survey, latents, most_rows=40, thorough=False):
     interventions = list_interventions(run.cc, survey, latents, test, strengths, units)
 
     # clean answers, then each intervention
-    nothing_VND = torch.zeros(1, *test.x_NMD[:, 0].shape)
-    clean = {m: outcomes_in(run, m, test, nothing_VND)[0] for m in "AB"}
+    clean = clean_outcomes(run, test)
     answers = {f"clean {m}": outcome.answers for m, outcome in clean.items()}
     claims = []
     for done in interventions:

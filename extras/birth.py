@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
@@ -41,10 +40,10 @@ from eval_toolcall import at_least_one, open_run, save_result
 from steer import (
     auroc,
     best_latents,
+    clean_outcomes,
     compare,
     delta,
     measure,
-    outcomes_in,
     random_units,
     read_prompts,
     survey_latents,
@@ -90,10 +89,7 @@ def read_step(run, file, latents, alpha, most_rows):
     # what both models answer
     dev = read_prompts(run, "dev", 30)
     test = read_prompts(run, "test", most_rows)
-    clean = {}
-    nothing_VND = torch.zeros_like(test.x_NMD[None, :, 0])
-    for m in "AB":
-        [clean[m]] = outcomes_in(run, m, test, nothing_VND)
+    clean = clean_outcomes(run, test)
 
     # how far apart they are
     apart_PD = (test.x_NMD[:, 0] - test.x_NMD[:, 1])[test.needs_N]

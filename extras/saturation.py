@@ -31,7 +31,6 @@ import dfc
 from eval_toolcall import at_least_one, open_run, save_result
 from steer import (
     Prompts,
-    as_long_as,
     best_strength,
     cohens_d,
     outcomes_in,
@@ -100,9 +99,8 @@ def saturate(run, scene):
         latents = order[:n]
         drawn = np.random.default_rng(n).choice(part, n, replace=False).tolist()
         own_ND = written(cc, report.f_NL, latents)
-        random_UND = as_long_as(own_ND, {"": random_units(1, cc.mean[0])})[""]
-        adds = {"latents": own_ND, "drawn": written(cc, report.f_NL, drawn),
-                "random": random_UND[0]}
+        random_ND = own_ND.norm(dim=1, keepdim=True) * random_units(1, cc.mean[0])
+        adds = {"latents": own_ND, "drawn": written(cc, report.f_NL, drawn), "random": random_ND}
 
         c = best_strength(run, "B", few_dev, written(cc, few_dev.f_NL, latents), (.5, 1, 2, 4))
         removed = measure(run, "A", report, {name: -v_ND for name, v_ND in adds.items()})
