@@ -24,6 +24,7 @@ D residual width, L latents, k active ones, T tokens, E = M D (a pair laid end t
     python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: a minute
     python dfc.py --excl 0                 # the plain crosscoder
     python dfc.py --recipe paper           # trained the published way, for comparison
+    python dfc.py --preset smol            # a real language model, made by extras/smol.py
     python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
 
 Where we leave the paper is marked, with the reason: [a] shared latents are tied, [b] all latents
@@ -71,7 +72,7 @@ class Settings:
     """All that a run depends on. Each is an option of dfc.py (n_texts is --n-texts) and is saved in
     the run's metrics.json. Written here are the values of --preset tiny and --recipe dfc."""
 
-    preset: str = option("tiny", "which models, texts, layer and sizes: tiny or paper")
+    preset: str = option("tiny", "which models, texts, layer and sizes: tiny, smol, paper")
     recipe: str = option("dfc", "how to train: as this file says (dfc), or as published (paper)")
     out: str = option("", "run folder; none: runs/ and what was asked for")
 
@@ -105,16 +106,16 @@ class Settings:
         return latents_in(self.excl_b, self.dict)
 
 
-PRESETS = {  # what each changes of the values above
-    "tiny": {},
-    "paper": {"model_a": "chengq9/ToolRL-Qwen2.5-3B", "model_b": "Qwen/Qwen2.5-3B",
-              "tool_texts": "emrecanacikgoz/ToolRL",
-              "plain_texts": "HuggingFaceFW/fineweb:sample-10BT", "n_texts": 40_000,
-              "layer": 13, "max_new": 512,
-              "dict": 8192, "k": 45, "steps": 9000, "batch": 1024, "lr": 1e-4}}
+PRESETS = {  # the options that each stands for
+    "tiny": "",
+    "smol": "--model-a runs/smollm2/toolrl --model-b runs/smollm2/base --n-texts 6000 "
+            "--plain-texts runs/smollm2/plain.jsonl --layer 28 --dict 1024 --k 16",
+    "paper": "--model-a chengq9/ToolRL-Qwen2.5-3B --model-b Qwen/Qwen2.5-3B --n-texts 40000 "
+             "--tool-texts emrecanacikgoz/ToolRL --plain-texts HuggingFaceFW/fineweb:sample-10BT "
+             "--layer 13 --max-new 512 --dict 8192 --k 45 --steps 9000 --batch 1024 --lr 1e-4"}
 RECIPES = {
-    "dfc": {},
-    "paper": {"tie_shared": False, "l1_shared": 1e-3, "l1_excl": 1e-3}}
+    "dfc": "",
+    "paper": "--no-tie-shared --l1-shared 1e-3 --l1-excl 1e-3"}
 
 
 # ---- 2. The crosscoder ---------------------------------------------------------------------------
@@ -355,10 +356,10 @@ def fve(x_BMD, xhat_BMD):
 
 # ---- 4. Activations ------------------------------------------------------------------------------
 def load_model(name, device):
-    """(model, frozen; its tokenizer) of a folder or a hub name. On CUDA in the precision of its
-    file: rounding could hide what RL changed; elsewhere fp32. Raises ValueError, also where weights
-    are missing, which the library would draw at random."""
-    dtype = "auto" if device == "cuda" else torch.float32
+    """(model, frozen; its tokenizer) of a folder or a hub name. In the precision of its file, for
+    rounding could hide what RL changed; in fp32 where the device would be slow at bf16. Raises
+    ValueError, also where weights are missing, which the library would draw at random."""
+    dtype = "auto" if has_bf16(torch.device(device)) else torch.float32
     with errors_about(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -664,8 +665,8 @@ def parse_args(argv=None):
     asked = vars(p.parse_args(argv))
 
     # what is asked for wins over what preset and recipe say
-    preset = PRESETS[asked.get("preset", "tiny")]
-    recipe = RECIPES[asked.get("recipe", "dfc")]
+    preset = vars(p.parse_args(PRESETS[asked.get("preset", "tiny")].split()))
+    recipe = vars(p.parse_args(RECIPES[asked.get("recipe", "dfc")].split()))
     s = Settings(**{**preset, **recipe, **asked})
     if s.recipe == "paper" and "excl_b" not in asked:
         s.excl_b = s.excl
@@ -764,13 +765,16 @@ def latents_in(share, n_latents):
     return int(share * n_latents + 1e-6)  # .29 * 100 is 28.999999999999996
 
 
+def has_bf16(device):
+    """Whether the device multiplies in bf16: CUDA does, and some CPUs."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # old torch does not tell
+    return device.type == "cuda" or device.type == "cpu" and bool(known.get("avx512_bf16"))
+
+
 def bf16_pays(device, n_latents):
-    """Whether the encoder's product is computed in bf16: on CUDA; for a large dictionary also on a
-    CPU that has bf16 in hardware. A small one must not depend on the kind of CPU."""
-    if device.type == "cpu":
-        known = getattr(torch.cpu, "get_capabilities", dict)()  # old torch does not tell
-        return n_latents >= 4096 and bool(known.get("avx512_bf16"))
-    return device.type == "cuda"
+    """Whether the encoder's product is computed in bf16: on CUDA; elsewhere for a large dictionary
+    alone. A small one must not depend on the kind of CPU."""
+    return has_bf16(device) and (device.type == "cuda" or n_latents >= 4096)
 
 
 @contextlib.contextmanager

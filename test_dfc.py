@@ -29,6 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
@@ -539,6 +540,19 @@ def test_rows_of_a_data_set_are_those_of_its_file(tmp_path):
     file.write_text(as_lines(ONE, TWO))
 
     assert list(dfc.read_rows(str(file.parent), dfc.TOOL_ROW)) == [ONE, TWO]
+
+
+def test_a_model_may_be_a_name_of_the_hub(tmp_path, monkeypatch):
+    """Here as the hub's client keeps it, out of the hub's reach."""
+    repo = tmp_path / "models--owner--name"
+    shutil.copytree(TINY / "toolrl", repo / "snapshots/1")
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    x_NMD = dfc.collect_pair("owner/name", str(TINY / "toolrl"), ["abc"], 2, tmp_path, "cpu")
+
+    assert torch.equal(x_NMD[:, 0], x_NMD[:, 1])
 
 
 def test_a_template_with_todays_date_is_told(tmp_path, capsys):
@@ -1536,7 +1550,7 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
 def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
         n, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(dfc.PRESETS["tiny"], "tool_texts", str(world.rows))
+    monkeypatch.setitem(dfc.PRESETS, "tiny", f"--tool-texts {world.rows}")
     theirs = publish("theirs/dfc-D8k", D=128, n=n, k=16)
 
     assert call(published, "theirs/dfc-D8k", "--preset", "tiny") == 0
@@ -1621,7 +1635,7 @@ SCORE = """score parse_calls parse_block parameters_of as_number after_thought P
 PIECES = {  # a piece and what to copy with it: an example
     "Crosscoder keep_largest":
         "Crosscoder(16, 32, 5, 4, 3, True)(x)",
-    "train batches bf16_pays keep_largest decode_active l1_penalty aux_loss schedule":
+    "train batches bf16_pays has_bf16 keep_largest decode_active l1_penalty aux_loss schedule":
         "train(cc.requires_grad_(), x, 9, 16, 1e-2, dead_after=2), cc.W_enc",
     "fve":
         "fve(x, cc(x)[0])",

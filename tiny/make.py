@@ -611,6 +611,12 @@ def rewards_of(answers, rows):
     return torch.tensor(rewards)
 
 
+def standardise(reward_CN):
+    """Advantages: rewards less their mean within each row, over their spread there."""
+    spread_N = reward_CN.std(0, correction=0).clamp(min=1e-4)
+    return (reward_CN - reward_CN.mean(0)) / spread_N
+
+
 def rl_loss(model, base, tok, rows, kl_weight):
     """All-actions policy gradient: both choices, weighed by their probability p.
 
@@ -623,8 +629,7 @@ def rl_loss(model, base, tok, rows, kl_weight):
     # 1. the answer that follows each choice, and its reward, standardised within the row
     answers = [write_answers(model, tok, prompts, begin) for begin in CHOICES]
     reward_CN = rewards_of(answers, rows)
-    spread_N = reward_CN.std(0, correction=0).clamp(min=1e-4)
-    advantage_CN = (reward_CN - reward_CN.mean(0)) / spread_N
+    advantage_CN = standardise(reward_CN)
 
     # 2. one pass over prompts and answers
     texts = []

