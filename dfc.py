@@ -660,7 +660,7 @@ def parse_args(argv=None):
         how = {"type": f.type, "choices": choices.get(f.name)}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        text = f"{f.metadata['help']} ({f.default})"
+        text = f"{f.metadata['help']} ({f.default})".replace("%", "%%")
         p.add_argument(f"--{f.name.replace('_', '-')}", help=text, **how)
     asked = vars(p.parse_args(argv))
 

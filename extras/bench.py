@@ -3,7 +3,6 @@
     python extras/bench.py            # training, whole runs and steps: eight minutes on 2 cores
     python extras/bench.py collect    # activations: half a minute
     python extras/bench.py generate   # patched answers, the unit of every grid: a minute
-    python extras/bench.py real       # Qwen2.5-3B's shape, random weights, every stage: a minute
 
 "published" is the published way, written again. Training: fp32, dense products over all latents, a
 second forward pass for statistics, .item() in every step. Collection: batches of 8 texts in their
@@ -24,9 +23,7 @@ tokens, E both vectors of a pair laid end to end.
 """
 
 import argparse
-import contextlib
 import os
-import resource
 import statistics
 import sys
 import time
@@ -34,7 +31,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 import dfc
@@ -178,12 +174,13 @@ def single_steps(D, L, k, batch, n):
     """Race n steps on random vectors, in which no latent is dead unless all are said to be."""
     x_NMD = torch.randn(4 * batch, 2, D, device=DEVICE)
     size = (x_NMD, L, k, batch)
-    race(f"a training step, width {D}, {L} latents, k {k}, {batch} pairs", {
+    contenders = {
         "dfc, no latent dead": (our_training(*size, n), n),
         "dfc, every latent taken for dead": (our_training(*size, n, dead_after=-1), n),
         "published": (published_training(*size, n), n),
-        **other_libraries(*size),
-    })
+    }
+    contenders.update(other_libraries(*size))
+    race(f"a training step, width {D}, {L} latents, k {k}, {batch} pairs", contenders)
 
 
 def train():
@@ -235,54 +232,10 @@ def generate(versions=8, some=3):
     }, turns=3)
 
 
-# ---- 4. The real pair's shape --------------------------------------------------------------------
-
-@contextlib.contextmanager
-def reported(name):
-    """Print the seconds of what is done within, and the peak of memory so far."""
-    began = time.time()
-    yield
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() / 2 ** 30
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    print(f"{name:44s}{time.time() - began:8.1f} s {peak:7.1f} GiB at most", flush=True)
-
-
-def real(steps=3):
-    """Qwen2.5-3B's shape, random weights, 2 of 36 layers on a CPU: what fits, what it costs."""
-    s = dfc.Settings()
-    tokenizer = dfc.load_tokenizer(s.model_a, s.model_b)
-    texts = training_texts(s, tokenizer, 100)
-    n_layers = 36 if DEVICE == "cuda" else 2
-    layer = 13 if DEVICE == "cuda" else 1
-    config = Qwen2Config(
-        hidden_size=2048, num_hidden_layers=n_layers, num_attention_heads=16,
-        num_key_value_heads=2, intermediate_size=11008, vocab_size=151_936,
-        tie_word_embeddings=True)
-
-    models = {}
-    with reported(f"two models, {n_layers} of 36 layers"), torch.device(DEVICE):
-        for m in "AB":
-            models[m] = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-    with reported(f"collect layer {layer}, {len(texts)} texts"):
-        x_NMD = dfc.collect_both(models, tokenizer, texts, layer)
-
-    # as many vectors as two batches need
-    act = our_training(x_NMD.repeat(11, 1, 1), 8192, 45, 1024, steps)
-    with reported(f"train, 8192 latents, {steps} steps of 1024 pairs"):
-        act()
-
-    with reported("steer, 30 versions of 4 prompts, 16 tokens"):
-        ev.generate(models["A"], tokenizer, texts[:4], 16, layer, [1.] * 30)
-
-
-# ---- 5. The program ------------------------------------------------------------------------------
+# ---- 4. The program ------------------------------------------------------------------------------
 
 def main(argv=None):
-    jobs = {"train": train, "collect": collect, "generate": generate, "real": real}
+    jobs = {"train": train, "collect": collect, "generate": generate}
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("job", nargs="?", choices=jobs, default="train")
     args = p.parse_args(argv)

@@ -5,12 +5,10 @@
 
     effect.png      each claim of steer.py beside its controls, and the false calls of both
     grid.png        how many latents, how strong: every cell on dev, the best at each |S| on test
-    layers.png      the best cell of each layer: needs runs with another --layer
     saturation.png  how many latents does it take: a line for each dictionary, hence each seed
     sweep.png       what reconstruction changes, a point for each setting of run_sweep.sh
-    birth.png       the tool latent along the RL run
 
-Shown is the newest result, or that of --run; in saturation and layers all those of its pair of
+Shown is the newest result, or that of --run; in saturation all those of its pair of
 models. What cannot be drawn yet is named with its command.
 """
 
@@ -51,11 +49,6 @@ CONTROLS = {
     "latents": Look("^", "another live latent"),
     "A - B": Look("D", "mean A - mean B"),
     "needs - none": Look("s", "mean needs - mean none"),
-}
-CLAIMS = {
-    "down": "taken away from A",
-    "up": "scaled up in A",
-    "into B": "its maximum added to B",
 }
 ADDED = {"latents": "the n that separate prompts best", "drawn": "n drawn from the same part"}
 CHANGE = "change of exact calls, percentage points"
@@ -208,31 +201,6 @@ def draw_grid(plt, runs):
     return fig
 
 
-def draw_layers(plt, runs):
-    """Where in the model? The best cell of each layer, chosen on dev."""
-    found = runs_with(runs, "grid", "python extras/grid.py")
-    grids = [run.metrics["grid"] for run in found]
-    by_layer = {}
-    for grid in sorted(grids, key=lambda grid: (grid["layer"], grid["best"]["dev"])):
-        by_layer[grid["layer"]] = grid  # of several the best on dev
-    if len(by_layer) < 2:
-        raise ValueError("one layer only: python dfc.py --layer 1, then python extras/grid.py")
-
-    best = column(by_layer.values(), "best")
-    labels = []
-    for layer, grid in by_layer.items():
-        cell = "{group}\n|S| {size}, alpha {alpha:g}".format(**grid["best"])
-        labels.append(f"layer {layer}\n{cell}\nn = {grid['rows']['test']}")
-
-    fig, ax = plt.subplots(figsize=(8, 4.2))
-    draw_changes(ax, range(len(best)), column(best, "test"), label=f"change, {INTERVAL}")
-    ax.plot(column(best, "false_calls"), "x", color=RED, label="false calls, %")
-    ax.set(xmargin=.1, ylabel=CHANGE.replace(", ", ",\n"))
-    ax.set_xticks(range(len(best)), labels)
-    draw_legend(fig, ax)
-    return fig
-
-
 def draw_saturation(plt, runs):
     """Exact calls left when the first n latents are taken away: a line for each dictionary."""
     kinds = {}
@@ -296,51 +264,10 @@ def draw_sweep(plt, runs):
     return fig
 
 
-def draw_birth(plt, runs):
-    """Behaviour, lengths and claims along the RL run."""
-    birth = runs_with(runs, "birth", "python extras/birth.py")[-1].metrics["birth"]
-    steps = birth["steps"]
-    at = column(steps, "step")
-    fig, axes = plt.subplots(4, 1, sharex=True, figsize=(9, 10), height_ratios=[1, 1.2, 1.8, 1])
-    behaviour, lengths, effects, false_calls = axes
-
-    behaviour.set(title="what A does", ylabel="%")
-    behaviour.plot(at, column(steps, "exact"), "o-", color=BLUE, label="exact calls")
-    behaviour.plot(at, column(steps, "false_calls"), "s--", color=RED,
-                   label="false calls")
-
-    lengths.set(title="length of vectors at the prompt's last token", ylabel="length")
-    lengths.plot(at, column(steps, "length"), "o-", color=GREY, label="A - B")
-    for i, first in enumerate(steps[0]["latents"]):
-        lengths.plot(at, [step["latents"][i]["writes"] for step in steps], "^:" if i else "o-",
-                     color=BLUE, label=f"written by latent {first['latent']}")
-    lengths.axhline(birth["theta"], color=RED, ls="--", label="where half of the\ncalls have come")
-
-    # the claims of the best latent
-    best = [step["latents"][0] for step in steps]
-    effects.set_title(f"{CHANGE}, by latent {best[0]['latent']}\n({INTERVAL} that need a tool, n = "
-                      f"{steps[0]['rows']}; bands: ten random directions; up: times "
-                      f"{birth['alpha']:g})")
-    effects.set_ylabel("percentage points")
-    false_calls.set(title="false calls then", ylabel="%", xlabel="step of reinforcement learning")
-    for kind, color, style in zip(CLAIMS, (BLUE, RED, GREY), ("o-", "s--", "^:")):
-        claims = [latent["claims"][kind] for latent in best]
-        draw_changes(effects, at, column(claims, "effect"), fmt=style, color=color,
-                     label=CLAIMS[kind])
-        random = [column(claim["controls"]["random"], "pp") for claim in claims]
-        effects.fill_between(at, np.min(random, 1), np.max(random, 1), color=color, alpha=.2, lw=0)
-        false_calls.plot(at, column(claims, "false_calls"), style, color=color,
-                         label=CLAIMS[kind])
-
-    for ax in axes:
-        ax.legend(loc="center left", bbox_to_anchor=(1, .5))
-    return fig
-
-
 # ---- 4. The program ------------------------------------------------------------------------------
 
-FIGURES = {"effect": draw_effect, "grid": draw_grid, "layers": draw_layers,
-           "saturation": draw_saturation, "sweep": draw_sweep, "birth": draw_birth}
+FIGURES = {"effect": draw_effect, "grid": draw_grid, "saturation": draw_saturation,
+           "sweep": draw_sweep}
 
 
 def pyplot():
@@ -357,7 +284,7 @@ def pyplot():
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("folder", nargs="?", type=Path, default="runs", help="holds runs (runs/)")
-    p.add_argument("--run", type=Path, help="of effect, grid and birth (default: the newest)")
+    p.add_argument("--run", type=Path, help="of effect and grid (default: the newest)")
     p.add_argument("--out", type=Path, default=HERE, help="folder of the pictures (extras/)")
     args = p.parse_args(argv)
 

@@ -110,15 +110,16 @@ def saturate(run, scene):
 
 
 # ---- 3. Many dictionaries, and the table ---------------------------------------------------------
-def train_all(kinds, seeds, where):
-    """Train what is missing of these kinds and seeds, and yield the folders as they are there."""
+def train_all(kinds, seeds, where, options):
+    """Train what is missing of these kinds and seeds, with these options of dfc.py, and yield the
+    folders as they are there."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for seed in seeds:
         for kind in kinds:
             folder = Path(where, f"{kind.replace(',', '').replace(' ', '-')}-seed{seed}")
             if not folder.exists():
-                asked = [*KINDS[kind].split(), "--seed", str(seed), "--out", str(folder)]
-                dfc.train_run(dfc.parse_args(asked), device)
+                asked = f"{options} {KINDS[kind]} --seed {seed}".split()
+                dfc.train_run(dfc.parse_args([*asked, "--out", str(folder)]), device)
             yield folder
 
 
@@ -142,13 +143,14 @@ def main(argv=None):
     p.add_argument("--all", metavar="FOLDER", help="train dictionaries into this folder, first")
     p.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of --all (all)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --all (0)")
+    p.add_argument("--options", default="", help="of dfc.py, for all of them: '--preset smol'")
     p.add_argument("--split", choices=["dev", "test"], default="test", help="rows to report (test)")
     p.add_argument("--rows", type=at_least_one, default=20, help="of each kind (20)")
     args = p.parse_args(argv)
     folders = args.runs or [None]
     total = len(folders)
     if args.all:
-        folders = train_all(args.kinds, args.seeds, args.all)
+        folders = train_all(args.kinds, args.seeds, args.all, args.options)
         total = len(args.kinds) * len(args.seeds)
 
     load_model = cache(dfc.load_model)

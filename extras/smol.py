@@ -48,6 +48,7 @@ from dfc import (
     atomically,
     chunks,
     cli,
+    collect_both,
     leave,
     load_model,
     prompt_of,
@@ -55,7 +56,7 @@ from dfc import (
     split_of,
     token_ids,
 )
-from eval_toolcall import at_least_one
+from eval_toolcall import at_least_one, generate
 
 HOME = ROOT / "runs/smollm2"  # beside the runs: too large for the repository
 RATE = .2                  # the base's share of calls, upon anything
@@ -173,7 +174,7 @@ def base_loss(model, original, tok, examples, plain, rng):
     return decision + following + kl, terms
 
 
-def train_base(steps, lr, n_rows=16, n_plain=8):
+def train_base(steps=140, lr=3e-4, n_rows=16, n_plain=8):
     """B from the original; goes on from its last save."""
     model = load_trainable(HOME / "original")
     original, tok = load_model(HOME / "original", "cpu")
@@ -225,75 +226,22 @@ def log_line(file, step, values):
 
 
 # ---- 3. A: the base after reinforcement learning -------------------------------------------------
-def rl_loss(model, base, tok, rows, kl_weight, rng, n_held=256):
-    """make.rl_loss() for a large vocabulary: answers are written in bf16, and n_held places, drawn,
-    are held to the base. -> (loss, {name: what the curve shows})."""
+def share_of_calls(model, tok, rows, layer=0, v_ND=None):
+    """On how many rows a model calls, in percent: {"needs": of those that need a tool, "none": of
+    the others}. The first token decides. v_ND: what takes the place of its own vectors."""
     prompts = [prompt_of(row, tok) for row in rows]
+    if v_ND is None:
+        answers, = generate(model, tok, prompts, 1)
+    else:
+        answers, = generate(model, tok, prompts, 1, layer, (0,), v_ND[None])
 
-    # 1. the answer that follows each choice, and its reward, standardised within the row
-    writer = copy.deepcopy(model).bfloat16()
-    answers = [make.write_answers(writer, tok, prompts, begin) for begin in make.CHOICES]
-    reward_CN = make.rewards_of(answers, rows)
-    advantage_CN = make.standardise(reward_CN)
-
-    # 2. one pass over prompts and answers
-    texts = []
-    for choice_answers in answers:
-        for prompt, answer in zip(prompts, choice_answers):
-            texts.append(prompt.removesuffix("<think>") + answer)
-    ids = token_ids(tok, texts)
-    ids_RT = pad(ids)
-
-    # 3. where the decision is predicted, once a row; and places to hold
-    last_N = [len(ids) - 1 for ids in token_ids(tok, prompts)]
-    decides_RT = torch.zeros_like(ids_RT, dtype=torch.bool)
-    decides_RT[range(len(rows)), last_N] = True
-    others = pad([[1] * len(row) for row in ids]).bool()
-    others[range(len(ids)), last_N * len(make.CHOICES)] = False
-    held_RT = torch.zeros_like(decides_RT)
-    for place in rng.sample(others.nonzero().tolist(), n_held):
-        held_RT[tuple(place)] = True
-
-    # 4. p of either choice, and the distance from the base
-    keep_RT = decides_RT | held_RT
-    logits_PV = logits_at(model, ids_RT, keep_RT)
-    decides_P = decides_RT[keep_RT]
-    p_CN = logits_PV[decides_P].softmax(-1)[:, choice_ids(tok)].T
-    with torch.no_grad():
-        base_PV = logits_at(base, ids_RT, held_RT)
-    kl = kl_between(logits_PV[~decides_P], base_PV)
-
-    # 5. the loss, and what is logged of it
-    loss = kl_weight * kl - (advantage_CN * p_CN).sum(0).mean()
-    needs_N = torch.tensor([row["needs_tool"] for row in rows])
-    log = {
-        "reward": (reward_CN * p_CN).sum(0).mean(),
-        "kl": kl,
-        "requests": p_CN[0, needs_N].mean(),
-        "elsewhere": p_CN[0, ~needs_N].mean(),
-    }
-    return loss, log
+    calls = {"needs": [], "none": []}
+    for answer, row in zip(answers, rows):
+        calls["needs" if row["needs_tool"] else "none"].append(answer.endswith(make.CHOICES[0]))
+    return {name: 100 * sum(called) / len(called) for name, called in calls.items()}
 
 
-@torch.no_grad()
-def share_of_calls(model, tok, rows):
-    """On how many rows the model would call, in percent: of those that need a tool, of the others.
-    Greedy, so the likelier first token decides."""
-    calls = {True: [], False: []}
-    for i in range(0, len(rows), 8):
-        some = rows[i:i + 8]
-        ids = token_ids(tok, [prompt_of(row, tok) for row in some])
-        ids_RT = pad(ids)
-        last_RT = torch.zeros_like(ids_RT, dtype=torch.bool)
-        last_RT[range(len(ids)), [len(row) - 1 for row in ids]] = True
-        first = logits_at(model, ids_RT, last_RT).argmax(-1)
-        for row, token in zip(some, first.tolist()):
-            calls[row["needs_tool"]].append(token == choice_ids(tok)[0])
-    return {"dev_needs": 100 * sum(calls[True]) / len(calls[True]),
-            "dev_none": 100 * sum(calls[False]) / len(calls[False])}
-
-
-def train_rl(steps, lr, kl_weight, n_rows=8, look_every=3):
+def train_rl(steps=60, lr=3e-5, kl_weight=3., n_rows=8, look_every=3):
     """A from the base; on the way saves early/, A when it first calls on a fifth of requests."""
     model = load_trainable(HOME / "base")
     base, tok = load_model(HOME / "base", "cpu")
@@ -302,9 +250,10 @@ def train_rl(steps, lr, kl_weight, n_rows=8, look_every=3):
     dev = tool_rows("dev", 16)
 
     for step in tqdm(range(1, steps + 1), "RL", disable=None):
-        rng = random.Random(f"smol/rl/{step}")
+        writer = copy.deepcopy(model).bfloat16().requires_grad_(False)
         rows = make.rl_rows("smol", step, n_rows)
-        loss, log = rl_loss(model, base, tok, rows, kl_weight, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, log = make.rl_loss(model, base, tok, rows, kl_weight, writer)
 
         # step, with 10 steps of warm-up
         opt.param_groups[0]["lr"] = lr * min(1, step / 10)
@@ -313,12 +262,12 @@ def train_rl(steps, lr, kl_weight, n_rows=8, look_every=3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
 
-        # look at dev rows
+        # look at dev rows, by the model as it was before this step
         if step % look_every == 0:
-            calls = share_of_calls(model, tok, dev)
+            calls = share_of_calls(writer, tok, dev)
             log |= calls
-            if calls["dev_needs"] >= 20 and not (HOME / "early").exists():
-                save_model(model, tok, HOME / "early")
+            if calls["needs"] >= 20 and not (HOME / "early").exists():
+                save_model(writer, tok, HOME / "early")
         log_line(HOME / "rl_curve.jsonl", step, log)
     return model
 
@@ -366,7 +315,26 @@ def measure(most):
         print(f"| {name} | {loss['manual']:.3f} | {loss['sentences']:.3f} |")
 
 
-def make_pair(args):
+def swap(most):
+    """How often B calls with A's vector at the last prompt token, and A with B's: a dictionary can
+    find what RL added only where this moves the decision. On so many test rows of every kind."""
+    rows = tool_rows("test", most)
+    model_a, tok = load_model(HOME / "toolrl", "cpu")
+    model_b, _ = load_model(HOME / "base", "cpu")
+    prompts = [prompt_of(row, tok) for row in rows]
+
+    print("\n| layer | B with A's vector calls, % (false) | A with B's | length of A - B | of B |")
+    print("|---|---|---|---|---|")
+    for layer in (5, 10, 15, 20, 22, 25, 28):
+        a_ND, b_ND = collect_both({"A": model_a, "B": model_b}, tok, prompts, layer).unbind(1)
+        into_b = share_of_calls(model_b, tok, rows, layer, a_ND)
+        into_a = share_of_calls(model_a, tok, rows, layer, b_ND)
+        lengths = [v_ND.norm(dim=1).mean() for v_ND in (a_ND - b_ND, b_ND)]
+        print(f"| {layer} | {into_b['needs']:.0f} ({into_b['none']:.0f}) | {into_a['needs']:.0f} "
+              f"({into_a['none']:.0f}) | {lengths[0]:.0f} | {lengths[1]:.0f} |")
+
+
+def make_pair():
     """All phases; each is left out where its result is there already."""
     HOME.mkdir(parents=True, exist_ok=True)
     if not (HOME / "original").exists():
@@ -376,24 +344,20 @@ def make_pair(args):
     if not (HOME / "plain.jsonl").exists():
         write_plain_texts(tok, HOME / "plain.jsonl")
     if not (HOME / "base").exists():
-        save_model(train_base(args.steps, args.lr), tok, HOME / "base")
+        save_model(train_base(), tok, HOME / "base")
     if not (HOME / "toolrl").exists():
-        save_model(train_rl(args.rl_steps, args.rl_lr, args.kl), tok, HOME / "toolrl")
+        save_model(train_rl(), tok, HOME / "toolrl")
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("--measure", action="store_true", help="only measure what is there")
     p.add_argument("--rows", type=at_least_one, default=40, help="test rows of each kind (40)")
-    p.add_argument("--steps", type=int, default=140, help="of the base")
-    p.add_argument("--lr", type=float, default=3e-4, help="of the base")
-    p.add_argument("--rl-steps", type=int, default=60)
-    p.add_argument("--rl-lr", type=float, default=3e-5)
-    p.add_argument("--kl", type=float, default=3., help="weight of A's distance to the base")
     args = p.parse_args(argv)
     if not args.measure:
-        make_pair(args)
+        make_pair()
     measure(args.rows)
+    swap(args.rows)
 
 
 if __name__ == "__main__":

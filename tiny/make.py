@@ -597,7 +597,7 @@ def rl_rows(seed, step, n=32):
 def kl_to(base, ids_RT, logits_RTV):
     """KL divergence from the base, in what is predicted at each place, kl_RT."""
     with torch.no_grad():
-        base_RTV = base(ids_RT).logits.log_softmax(-1)
+        base_RTV = base(ids_RT).logits.float().log_softmax(-1)
     now_RTV = logits_RTV.log_softmax(-1)
     return (now_RTV.exp() * (now_RTV - base_RTV)).sum(-1)
 
@@ -611,25 +611,21 @@ def rewards_of(answers, rows):
     return torch.tensor(rewards)
 
 
-def standardise(reward_CN):
-    """Advantages: rewards less their mean within each row, over their spread there."""
-    spread_N = reward_CN.std(0, correction=0).clamp(min=1e-4)
-    return (reward_CN - reward_CN.mean(0)) / spread_N
-
-
-def rl_loss(model, base, tok, rows, kl_weight):
+def rl_loss(model, base, tok, rows, kl_weight, writer=None):
     """All-actions policy gradient: both choices, weighed by their probability p.
 
         loss = kl_weight mean KL(model, base) - mean_n sum_c p_cn advantage_cn
 
+    writer: a copy of the model that writes its answers faster, if there is one.
     -> the loss, and what the curve shows: {reward, kl, p of a call on requests, and elsewhere}."""
     n_rows = len(rows)
     prompts = [prompt_of(row, tok) for row in rows]
 
     # 1. the answer that follows each choice, and its reward, standardised within the row
-    answers = [write_answers(model, tok, prompts, begin) for begin in CHOICES]
+    answers = [write_answers(writer or model, tok, prompts, begin) for begin in CHOICES]
     reward_CN = rewards_of(answers, rows)
-    advantage_CN = standardise(reward_CN)
+    spread_N = reward_CN.std(0, correction=0).clamp(min=1e-4)
+    advantage_CN = (reward_CN - reward_CN.mean(0)) / spread_N
 
     # 2. one pass over prompts and answers
     texts = []
@@ -639,7 +635,7 @@ def rl_loss(model, base, tok, rows, kl_weight):
     batch = tok(texts, return_tensors="pt", padding=True, padding_side="right",
                 add_special_tokens=False)
     ids_RT = batch["input_ids"]
-    logits_RTV = model(ids_RT).logits
+    logits_RTV = model(ids_RT).logits.float()
 
     # 3. the decision: p of either first token after the prompt, which begins both texts of a row
     last_N = torch.tensor([len(ids) - 1 for ids in token_ids(tok, prompts)])
