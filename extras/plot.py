@@ -35,20 +35,13 @@ class Finished(NamedTuple):
     metrics: dict  # what its metrics.json holds
 
 
-class Look(NamedTuple):
-    """How a kind of point is drawn."""
-
-    marker: str
-    label: str
-
-
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind eyes
 NO_CHANGE = {"color": ".7", "lw": 1, "zorder": 0}  # the line at 0
 CONTROLS = {
-    "random": Look("|", "a random direction"),
-    "latents": Look("^", "another live latent"),
-    "A - B": Look("D", "mean A - mean B"),
-    "needs - none": Look("s", "mean needs - mean none"),
+    "random": "a random direction",
+    "latents": "another latent of A",
+    "A - B": "mean A - mean B",
+    "needs - none": "mean needs - mean none",
 }
 ADDED = {"latents": "the n that separate prompts best", "drawn": "n drawn from the same part"}
 CHANGE = "change of exact calls, percentage points"
@@ -126,39 +119,48 @@ def draw_legend(fig, ax):
 # ---- 3. The figures ------------------------------------------------------------------------------
 
 def draw_effect(plt, runs):
-    """What steering one latent changes, beside what pushes of the same length change."""
+    """What steering one latent changes; below it, a row each, what pushes of the same length along
+    other directions change."""
     run = runs_with(runs, "steering", "python steer.py")[-1]
     steering = run.metrics["steering"]
     claims = steering["claims"]
     n_rows = steering["rows"]
-    fig, (left, right) = plt.subplots(
-        1, 2, sharey=True, width_ratios=[3, 1.4], figsize=(9, 1.6 + .8 * len(claims)))
+    fig, (left, right) = plt.subplots(1, 2, sharey=True, width_ratios=[3, 1.4])
+    heads = {}  # place: words
+    below = {}
 
-    for y, claim in enumerate(claims):
+    y = 0
+    for claim in claims:
         color = BLUE if claim["controls"] else RED
-        label = "the latent" if claim["controls"] else "no dictionary"
-        draw_changes(left, [y], [claim["effect"]], sideways=True, ms=8, color=color,
-                     label=f"{label}, {INTERVAL}")
+        draw_changes(left, [y], [claim["effect"]], sideways=True, ms=8, color=color)
         right.plot(claim["false_calls"], y, "o", ms=8, color=color)
-        right.text(112, y, textwrap.fill(claim["verdict"], 12), va="center")
+        right.text(116, y, textwrap.fill(claim["verdict"], 12), va="center")
+        heads[y] = f"{claim['text']}\n(unchanged: {claim['clean']['exact']:.0f} %)"
 
         # below it each kind of control
-        for i, (name, look) in enumerate(CONTROLS.items(), 1):
+        y += .4
+        for name, found in claim["controls"].items():
+            y += 1
+            below[y] = f"{CONTROLS[name]} ({len(found)})" if len(found) > 1 else CONTROLS[name]
             for ax, key in ((left, "pp"), (right, "false_calls")):
-                x = [control[key] for control in claim["controls"].get(name, [])]
-                ax.plot(x, np.full(len(x), y + .16 * i), look.marker, color=RED, mfc="none",
-                        label=look.label)
+                ax.plot(column(found, key), [y] * len(found), "o", color=RED, mfc="none")
+        y += 1.9
 
     # what is what
-    latents = " ".join(map(str, steering["latents"]))
-    labels = [f"{claim['text']}\n(clean {claim['clean']['exact']:.0f} %)" for claim in claims]
-    left.set(xlabel=CHANGE, ylim=(len(claims) - .2, -.4))
-    left.set_yticks(range(len(claims)), labels)
-    left.set_title(f"latent {latents} of {run.folder.name}; n = {n_rows['needs']} test prompts "
-                   "that need a tool")
-    right.set(xlabel=f"false calls, % of {n_rows['none']}\nprompts that need none", xlim=(-4, 104))
-    right.text(112, -.45, "verdict on\nexact calls:")
-    draw_legend(fig, left)
+    kind = " ".join({row["partition"] for row in steering["ranking"]})
+    n = len(steering["latents"])
+    changed = f"one {kind} latent is" if n == 1 else f"{n} {kind} latents are"
+    fig.set_size_inches(9, 1.2 + .18 * y)
+    fig.suptitle(f"Exact calls when {changed} changed; {n_rows['needs']} test prompts that need a "
+                 f"tool\nbars: {INTERVAL}; open circles: equally long pushes in other directions")
+    left.set(xlabel=CHANGE, ylim=(y - .9, -1.2))
+    left.set_yticks(list(heads), heads.values(), weight="bold")
+    left.set_yticks(list(below), below.values(), minor=True)
+    for ax in (left, right):
+        ax.grid(axis="y", which="both", color=".9")
+        ax.tick_params(axis="y", which="both", length=0)
+    right.set(xlabel=f"false calls, % of {n_rows['none']}\nprompts that need none", xlim=(-8, 108))
+    right.text(116, -1.7, "verdict on\nexact calls:")
     return fig
 
 
@@ -289,6 +291,8 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     plt = pyplot()
+    from PIL import Image  # comes with matplotlib
+
     runs = read_runs(args.folder, args.run)
     for name, draw in FIGURES.items():
         file = args.out / f"{name}.png"
@@ -299,6 +303,8 @@ def main(argv=None):
             continue
         with atomically(file) as part:
             fig.savefig(part)
+            picture = Image.open(part).convert("RGB")
+            picture.quantize().save(part)  # 256 colours: a third of the bytes
         print(file)
 
 
