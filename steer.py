@@ -614,7 +614,7 @@ def margin_cell(margins):
     """The smallest margin."""
     if not margins:
         return "-"
-    smallest = min(margins.values(), key=lambda margin: margin["lo"])
+    smallest = min(margins.values(), key=lambda margin: margin["pp"])
     return "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**smallest)
 
 
