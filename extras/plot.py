@@ -54,7 +54,7 @@ PAGE = {  # for pictures shown 800 pixels wide
     "figure.constrained_layout.use": True,
     "figure.titlesize": 10,
     "legend.frameon": False,
-    "savefig.dpi": 160,
+    "savefig.dpi": 130,
 }
 
 
@@ -291,8 +291,6 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     plt = pyplot()
-    from PIL import Image  # comes with matplotlib
-
     runs = read_runs(args.folder, args.run)
     for name, draw in FIGURES.items():
         file = args.out / f"{name}.png"
@@ -303,8 +301,6 @@ def main(argv=None):
             continue
         with atomically(file) as part:
             fig.savefig(part)
-            picture = Image.open(part).convert("RGB")
-            picture.quantize().save(part)  # 256 colours: a third of the bytes
         print(file)
 
 
