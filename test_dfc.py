@@ -1765,3 +1765,15 @@ def test_the_best_cell_is_chosen_on_dev_and_reported_on_test():
     assert less_false.alpha == 2
     assert less_false.test["pp"] == 100
     assert less_false.false_calls == 3
+
+
+def test_the_lesson_runs_from_the_first_cell_to_the_last_also_without_pictures(world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = (ROOT / "extras/lesson.ipynb").read_text().replace("runs/lesson", f"{world.run}")
+    here = {}
+
+    for cell in json.loads(text)["cells"]:
+        if "outputs" in cell:  # it holds code
+            exec("".join(cell["source"]), here)
+
+    assert here["claims"]
