@@ -1628,6 +1628,18 @@ def test_the_piece_in_the_readme_runs():
     exec(code[1], {})
 
 
+def test_each_exercise_fails_as_it_stands_and_passes_with_its_solution():
+    exercises = re.findall(3 * r"(?s:```python\n(.*?)```.*?)",
+                           (ROOT / "extras/EXERCISES.md").read_text())
+
+    assert exercises
+    for skeleton, test, solution in exercises:
+        test += re.search(r"test_\w+\(\)", test)[0]
+        exec(skeleton + solution + test, {})
+        with pytest.raises((AssertionError, NotImplementedError)):
+            exec(skeleton + test, {})
+
+
 GENERATE = """generate batches_by_length token_ids answer_prefix hooked end_tokens pad_left prefill
     answer_versions decode_greedily scale_and_add cache_argument"""
 SCORE = """score parse_calls parse_block parameters_of as_number after_thought Parsed responds
