@@ -274,21 +274,6 @@ def test_training_on_active_latents_alone_equals_dense_products(
         assert close(fast, slow, 1e-5)
 
 
-def test_latents_that_start_too_weak_to_be_picked_are_revived():
-    x_NMD = torch.randn(2000, 2, 16)
-
-    def live_share(aux):
-        torch.manual_seed(1)
-        cc = dfc.Crosscoder(16, 128, 4, 16, 16)
-        cc.fit_scale(x_NMD)
-        cc.W_enc.data[..., ::2] *= .2
-        dfc.train(cc, x_NMD, 400, batch=128, lr=3e-3, dead_after=5, aux=aux)
-        live_L = cc.encode(x_NMD).any(0)
-        return live_L[::2].float().mean()
-
-    assert live_share(1 / 32) > live_share(0.) + .3
-
-
 def test_predicting_the_mean_gives_fve_0_and_the_truth_1():
     x_NMD = torch.randn(50, 2, 8) * 100 + 1000
     mean_ND = x_NMD[:, 1].mean(0).expand(50, 8)
@@ -1570,23 +1555,14 @@ def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
 README = (ROOT / "README.md").read_text()
 
 
-def test_no_question_of_a_test_row_is_asked_in_train_or_dev_and_every_gold_answer_is_exact():
-    in_test = set()
-    elsewhere = set()
-    kinds = Counter()
-    for row in rows_in(TINY / "tools.jsonl"):
-        question = row["input"].strip().lower()
-        if row["split"] == "test":
-            in_test.add(question)
-            kinds[row["kind"]] += 1
-        else:
-            elsewhere.add(question)
+def test_no_question_is_asked_twice_and_every_gold_answer_is_exact():
+    rows = rows_in(TINY / "tools.jsonl")
+    questions = {row["input"].lower() for row in rows}
 
+    assert len(questions) == len(rows)
+    for row in rows:
         assert ev.score(row["output"], row)["exact"] == 1
         assert ev.needs_tool(row) is (row["kind"] in ("ask", "hint"))
-
-    assert min(kinds.values()) >= 60
-    assert not in_test & elsewhere
 
 
 def test_the_pair_behaves_as_its_readme_says(models, tokenizer):

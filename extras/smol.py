@@ -226,14 +226,11 @@ def log_line(file, step, values):
 
 
 # ---- 3. A: the base after reinforcement learning -------------------------------------------------
-def share_of_calls(model, tok, rows, layer=0, v_ND=None):
+def share_of_calls(model, tok, rows, *patch):
     """On how many rows a model calls, in percent: {"needs": of those that need a tool, "none": of
-    the others}. The first token decides. v_ND: what takes the place of its own vectors."""
+    the others}. The first token decides. patch: layer, keep_V and v_VND of generate()."""
     prompts = [prompt_of(row, tok) for row in rows]
-    if v_ND is None:
-        answers, = generate(model, tok, prompts, 1)
-    else:
-        answers, = generate(model, tok, prompts, 1, layer, (0,), v_ND[None])
+    answers, = generate(model, tok, prompts, 1, *patch)
 
     calls = {"needs": [], "none": []}
     for answer, row in zip(answers, rows):
@@ -284,14 +281,14 @@ def tool_rows(split, most):
 
 # ---- 4. What the models do, and the program ------------------------------------------------------
 @torch.no_grad()
-def plain_loss(model, tok, split, most=200):
-    """Cross-entropy of plain texts of a split, nats a token: {"manual", "sentences"}."""
+def plain_loss(model, tok, most=200):
+    """Cross-entropy of plain test texts, nats a token: {"manual", "sentences"}."""
     rows = read_rows(str(ROOT / "tiny/text.jsonl"), ("text",))
     sentences = {row["text"] for row in rows}
     losses = {"manual": [], "sentences": []}
     for row in read_rows(str(HOME / "plain.jsonl"), ("text",)):
         name = "sentences" if row["text"] in sentences else "manual"
-        if split_of(row) == split and len(losses[name]) < most:
+        if split_of(row) == "test" and len(losses[name]) < most:
             ids_1T = torch.tensor(token_ids(tok, [row["text"]]))
             losses[name].append(model(input_ids=ids_1T, labels=ids_1T).loss.item())
     return {name: sum(values) / len(values) for name, values in losses.items()}
@@ -308,7 +305,7 @@ def measure(most):
         make.print_behaviour(name, model, tok, rows, "")
         if name == "base":
             make.print_behaviour("base, forced", model, tok, rows, make.CHOICES[0])
-        losses[name] = plain_loss(model, tok, "test")
+        losses[name] = plain_loss(model, tok)
 
     print("\n| model | the manual, nats a token | sentences |\n|---|---|---|")
     for name, loss in losses.items():
@@ -327,8 +324,8 @@ def swap(most):
     print("|---|---|---|---|---|")
     for layer in (5, 10, 15, 20, 22, 25, 28):
         a_ND, b_ND = collect_both({"A": model_a, "B": model_b}, tok, prompts, layer).unbind(1)
-        into_b = share_of_calls(model_b, tok, rows, layer, a_ND)
-        into_a = share_of_calls(model_a, tok, rows, layer, b_ND)
+        into_b = share_of_calls(model_b, tok, rows, layer, (0,), a_ND[None])
+        into_a = share_of_calls(model_a, tok, rows, layer, (0,), b_ND[None])
         lengths = [v_ND.norm(dim=1).mean() for v_ND in (a_ND - b_ND, b_ND)]
         print(f"| {layer} | {into_b['needs']:.0f} ({into_b['none']:.0f}) | {into_a['needs']:.0f} "
               f"({into_a['none']:.0f}) | {lengths[0]:.0f} | {lengths[1]:.0f} |")
