@@ -28,7 +28,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -206,11 +205,11 @@ def train_base(steps=140, lr=3e-4, n_rows=16, n_plain=8):
         opt.step()
         log_line(HOME / "base_curve.jsonl", step + 1, terms)
 
-        # save, whole or not at all
+        # save
         if (step + 1) % 20 == 0:
             state = {"model": model.state_dict(), "opt": opt.state_dict(), "step": step + 1}
-            torch.save(state, f"{saved}.part")
-            os.replace(f"{saved}.part", saved)
+            with atomically(saved) as part:
+                torch.save(state, part)
     return model
 
 
