@@ -72,7 +72,7 @@ class Settings:
     """All that a run depends on. Each is an option of dfc.py (n_texts is --n-texts) and is saved in
     the run's metrics.json. Written here are the values of --preset tiny and --recipe dfc."""
 
-    preset: str = option("tiny", "which models, texts, layer and sizes: tiny, smol, paper")
+    preset: str = option("tiny", "which models, texts, layer and sizes; smol's: extras/smol.py")
     recipe: str = option("dfc", "how to train: as this file says (dfc), or as published (paper)")
     out: str = option("", "run folder; none: runs/ and what was asked for")
 
@@ -804,7 +804,7 @@ def hash_of(what):
 
 def load_tokenizer(name_a, name_b):
     """A's tokenizer, which serves both models. Raises ValueError where B's has other ids."""
-    with errors_about(f"{name_a} with {name_b}"):
+    with errors_about(f"{name_a} with {name_b} (each an existing folder or a name on the hub)"):
         a = AutoTokenizer.from_pretrained(name_a)
         b = AutoTokenizer.from_pretrained(name_b)
     if a.get_vocab() != b.get_vocab():
