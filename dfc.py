@@ -768,7 +768,7 @@ def latents_in(share, n_latents):
 def has_bf16(device):
     """Whether the device multiplies in bf16: CUDA does, and some CPUs."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # old torch does not tell
-    return device.type == "cuda" or device.type == "cpu" and bool(known.get("avx512_bf16"))
+    return device.type == "cuda" or bool(known.get("avx512_bf16"))
 
 
 def bf16_pays(device, n_latents):
@@ -863,11 +863,11 @@ def cli(main, argv=None):
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
         cause = e
-        while cause.__cause__:  # what the hub answered, below what libraries made of it
-            cause = cause.__cause__
+        while cause.__cause__ or cause.__context__:  # what the hub answered, below what libraries
+            cause = cause.__cause__ or cause.__context__  # made of it
         said = f"{e}" if str(cause) in str(e) else f"{e} ({cause})"
         said = re.sub(r"(https?://[^\s?]+)\?[^\s)]+", r"\1", said)  # a signed address is a key
-        print(f"{Path(sys.argv[0]).name}: {' '.join(said.split())[:400]}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(said.split())[:600]}", file=sys.stderr)
         return 2
 
 
