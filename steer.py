@@ -43,7 +43,7 @@ A line of what is printed, shortened:
 
                         exact calls, %          changes by controls, pp        margin over the
                         clean  change, 95 %     random  latents  A - B  needs - none   strongest
-    taken away from A      91  -88 [-94, -80]    -2..1   -11..1     -9       -90    -2 [-6, +0]
+    taken away from A      91  -90 [-96, -82]    -2..1    -2..1    -10       -91    -1 [-5, +0]
 
 The verdict does not see false calls, tool calls on prompts that need none: they stand beside it.
 The latent, alpha and c are chosen on dev rows, everything is reported on test rows.
