@@ -65,7 +65,7 @@ from dfc import (
 from eval_toolcall import at_least_one, generate
 
 HOME = ROOT / "runs/smollm2"  # beside the runs: too large for the repository
-RATE = .2                  # the base's share of calls, upon anything
+RATE = .2                     # the base's share of calls, upon anything
 
 
 # ---- 1. The original -----------------------------------------------------------------------------
@@ -129,17 +129,6 @@ def logits_at(model, ids_RT, keep_RT):
         return model.lm_head(h_RTD[keep_RT]).float()
 
 
-def choice_ids(tok):
-    """The tokens that decide: of a call, of a reply."""
-    return [ids[0] for ids in token_ids(tok, list(make.CHOICES))]
-
-
-def kl_between(logits_PV, base_PV):
-    """KL divergence of what is predicted from what the base predicts, the mean over places."""
-    now_PV = logits_PV.log_softmax(-1)
-    return (now_PV.exp() * (now_PV - base_PV.log_softmax(-1))).sum(-1).mean()
-
-
 def base_loss(model, original, tok, examples, plain, rng):
     """Cross-entropy of one answer to each row, its first token apart; KL from the original on plain
     texts. -> (the sum, {name: its terms})."""
@@ -163,7 +152,7 @@ def base_loss(model, original, tok, examples, plain, rng):
     decides_P = decides_RT[keep_RT]
 
     # the decision has the same target for all rows, the rest is learned as it stands
-    log_p_RC = logits_PV[decides_P].log_softmax(-1)[:, choice_ids(tok)]
+    log_p_RC = logits_PV[decides_P].log_softmax(-1)[:, make.choice_ids(tok)]
     decision = -(log_p_RC @ torch.tensor([RATE, 1 - RATE])).mean()
     following = F.cross_entropy(logits_PV[~decides_P], ids_RT[:, 1:][follows_RT[:, :-1]])
 
@@ -173,7 +162,7 @@ def base_loss(model, original, tok, examples, plain, rng):
     real_RT = pad([[1] * len(ids) for ids in plain_ids]).bool()
     with torch.no_grad():
         original_PV = logits_at(original, plain_RT, real_RT)
-    kl = kl_between(logits_at(model, plain_RT, real_RT), original_PV)
+    kl = make.kl_between(logits_at(model, plain_RT, real_RT), original_PV).mean()
 
     terms = {"decision": decision, "following": following, "kl": kl}
     return decision + following + kl, terms
@@ -190,12 +179,7 @@ def train_base(steps=140, lr=3e-4, n_rows=16, n_plain=8):
 
     # go on
     saved = HOME / "base.pt"
-    begin = 0
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        opt.load_state_dict(state["opt"])
-        begin = state["step"]
+    begin = make.resume(saved, model, opt)
 
     bar = tqdm(range(begin, steps), "base", initial=begin, total=steps, disable=None)
     for step in bar:
@@ -211,11 +195,8 @@ def train_base(steps=140, lr=3e-4, n_rows=16, n_plain=8):
         opt.step()
         log_line(HOME / "base_curve.jsonl", step + 1, terms)
 
-        # save
         if (step + 1) % 20 == 0:
-            state = {"model": model.state_dict(), "opt": opt.state_dict(), "step": step + 1}
-            with atomically(saved) as part:
-                torch.save(state, part)
+            make.save_progress(saved, model, opt, step + 1)
     return model
 
 

@@ -525,6 +525,23 @@ def rate_at(plan, step):
     return plan.lr * min(1, (step + 1) / 100) * (.55 + .45 * cosine)
 
 
+def save_progress(saved, model, opt, step):
+    """Into a file, whole or not at all."""
+    state = {"model": model.state_dict(), "opt": opt.state_dict(), "step": step}
+    torch.save(state, f"{saved}.part")
+    os.replace(f"{saved}.part", saved)
+
+
+def resume(saved, model, opt):
+    """Put back what save_progress() saved, if it did -> the step to begin at."""
+    if not saved.exists():
+        return 0
+    state = torch.load(saved, weights_only=True)
+    model.load_state_dict(state["model"])
+    opt.load_state_dict(state["opt"])
+    return state["step"]
+
+
 def train_base(plan, tok):
     """Pre-training from scratch; goes on from its last save, work/base.pt."""
     torch.manual_seed(plan.seed)
@@ -533,12 +550,7 @@ def train_base(plan, tok):
 
     # go on
     saved = HERE / "work/base.pt"
-    begin = 0
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        opt.load_state_dict(state["opt"])
-        begin = state["step"]
+    begin = resume(saved, model, opt)
 
     bar = tqdm(range(begin, plan.steps), "base", initial=begin, total=plan.steps)
     for step, (ids_NT, weights_NT) in zip(bar, batches(tok, plan, begin)):
@@ -553,11 +565,8 @@ def train_base(plan, tok):
         opt.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
-        # save, whole or not at all
         if (step + 1) % 100 == 0:
-            state = {"model": model.state_dict(), "opt": opt.state_dict(), "step": step + 1}
-            torch.save(state, f"{saved}.part")
-            os.replace(f"{saved}.part", saved)
+            save_progress(saved, model, opt, step + 1)
     return model
 
 
@@ -594,12 +603,16 @@ def rl_rows(seed, step, n=32):
     return [make_example(rng, kind, "train").row for kind in kinds]
 
 
-def kl_to(base, ids_RT, logits_RTV):
-    """KL divergence from the base, in what is predicted at each place, kl_RT."""
-    with torch.no_grad():
-        base_RTV = base(ids_RT).logits.float().log_softmax(-1)
-    now_RTV = logits_RTV.log_softmax(-1)
-    return (now_RTV.exp() * (now_RTV - base_RTV)).sum(-1)
+def kl_between(logits_V, base_V):
+    """KL divergence of what is predicted from what the base predicts, both logits, at each place;
+    there may be more dimensions before V."""
+    now_V = logits_V.log_softmax(-1)
+    return (now_V.exp() * (now_V - base_V.log_softmax(-1))).sum(-1)
+
+
+def choice_ids(tok):
+    """The tokens that decide, one for a call and one for a reply."""
+    return [ids[0] for ids in token_ids(tok, list(CHOICES))]
 
 
 def rewards_of(answers, rows):
@@ -640,13 +653,14 @@ def rl_loss(model, base, tok, rows, kl_weight, writer=None):
     # 3. the decision: p of either first token after the prompt, which begins both texts of a row
     last_N = torch.tensor([len(ids) - 1 for ids in token_ids(tok, prompts)])
     p_NV = logits_RTV[range(n_rows), last_N].softmax(-1)
-    choice_ids = [ids[0] for ids in token_ids(tok, list(CHOICES))]  # a token each
-    p_CN = p_NV[:, choice_ids].T
+    p_CN = p_NV[:, choice_ids(tok)].T
 
     # 4. every token but the decision is held to the base
     held_RT = batch["attention_mask"].bool()
     held_RT[range(len(texts)), last_N.repeat(len(CHOICES))] = False
-    kl = kl_to(base, ids_RT, logits_RTV)[held_RT].mean()
+    with torch.no_grad():
+        base_RTV = base(ids_RT).logits.float()
+    kl = kl_between(logits_RTV, base_RTV)[held_RT].mean()
 
     # 5. the loss, and what is logged of it
     loss = kl_weight * kl - (advantage_CN * p_CN).sum(0).mean()
