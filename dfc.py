@@ -359,7 +359,7 @@ def load_model(name, device):
     """(model, frozen; its tokenizer) of a folder or a hub name. In the precision of its file, for
     rounding could hide what RL changed; in fp32 where the device would be slow at bf16. Raises
     ValueError, also where weights are missing, which the library would draw at random."""
-    dtype = "auto" if has_bf16(torch.device(device)) else torch.float32
+    dtype = "auto" if has_bf16(device) else torch.float32
     with errors_about(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -667,7 +667,7 @@ def parse_args(argv=None):
     # what is asked for wins over what preset and recipe say
     preset = vars(p.parse_args(PRESETS[asked.get("preset", "tiny")].split()))
     recipe = vars(p.parse_args(RECIPES[asked.get("recipe", "dfc")].split()))
-    s = Settings(**{**preset, **recipe, **asked})
+    s = Settings(**(preset | recipe | asked))
     if s.recipe == "paper" and "excl_b" not in asked:
         s.excl_b = s.excl
     if s.n_a + s.n_b == 0:
@@ -715,7 +715,7 @@ def train_run(s, device):
         "loss": loss,
         "config": asdict(s),
         "device": device,
-        "bf16": bf16_pays(x_NMD.device, s.dict),
+        "bf16": has_bf16(device),  # else models and products were in fp32
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     with atomically(Path(s.out)) as folder:
@@ -768,7 +768,7 @@ def latents_in(share, n_latents):
 def has_bf16(device):
     """Whether the device multiplies in bf16: CUDA does, and some CPUs."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # old torch does not tell
-    return device.type == "cuda" or bool(known.get("avx512_bf16"))
+    return torch.device(device).type == "cuda" or bool(known.get("avx512_bf16"))
 
 
 def bf16_pays(device, n_latents):
@@ -829,7 +829,7 @@ def fingerprint(name_a, name_b, texts, layer, device):
     """A hash of all that collected vectors depend on. Of a model in a local folder these are also
     its files' time stamps; of one on the hub the folder's name, which holds the commit. Raises
     ValueError."""
-    what = [texts, layer, device]
+    what = [texts, layer, device, has_bf16(device)]  # the last decides on the models' precision
     for name in (name_a, name_b):
         with errors_about(name):
             folder = Path(cached_file(name, "config.json")).parent

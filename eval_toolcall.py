@@ -179,7 +179,7 @@ def toolrl_format(output, gold):
         if f"<{tag}>" in gold:
             pattern += part
             once = once and output.count(f"<{tag}>") == output.count(f"</{tag}>") == 1
-    return int(once and bool(re.fullmatch(pattern, output.strip(), re.S)))
+    return int(once and bool(re.fullmatch(pattern, output.strip(), re.DOTALL)))
 
 
 def toolrl_correctness(output, gold):
@@ -244,7 +244,7 @@ def jaccard(a, b):
 
 def tool_names(text):
     """Names in a ToolRL system text ("1. Name: get_weather"), in order; they may hold blanks."""
-    return re.findall(r"^[ \t]*\d+\.[ \t]*Name:[ \t]*(\S.*?)\s*$", text, re.M)
+    return re.findall(r"^[ \t]*\d+\.[ \t]*Name:[ \t]*(\S.*?)\s*$", text, re.MULTILINE)
 
 
 def score(output, row):

@@ -3,6 +3,7 @@ three files. Where there is one, a piece is compared with a slow, obvious versio
 
     pytest        # a minute on 2 CPU cores, without a GPU and without a network
 """
+# ruff: noqa: S102 - what is executed are this project's own examples
 
 import os
 
@@ -311,7 +312,7 @@ Bloom       (its blocks put out tuples, and it has no greatest position)
 
 def random_model(family, **more):
     """A small model of one of the library's families."""
-    own = re.search(f"^{family} *(.*)", FAMILIES, re.M)[1]
+    own = re.search(f"^{family} *(.*)", FAMILIES, re.MULTILINE)[1]
     sizes = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", SIZES + own)}
     config = getattr(transformers, f"{family}Config")(**{**sizes, **more})
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -323,7 +324,7 @@ def book():
     return " ".join(row["text"] for row in rows_in(TINY / "text.jsonl")[:40])
 
 
-@pytest.mark.parametrize("family", re.findall(r"^\w+", FAMILIES, re.M))
+@pytest.mark.parametrize("family", re.findall(r"^\w+", FAMILIES, re.MULTILINE))
 def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, tokenizer, book):
     model = random_model(family)
     texts = [book[i:i + n] for i, n in enumerate((3, 300, 1, 17))]
@@ -934,7 +935,7 @@ def test_the_parser_raises_nothing_whatever_goes_in():
     pieces = ["\n", "\x00", "\ud800", "[" * 3000, "9" * 5000]
     pieces += """<tool_call> </tool_call> </think> { } "name" : null 1e999 "arguments":"{}"
         {"name":3,"parameters":{}} {"name":"a","parameters":{}}
-        {"name":"a","arguments":"[1"}""".split()
+        {"name":"a","arguments":"[1"}""".split()  # noqa: SIM905
 
     for _ in range(2000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
@@ -1526,7 +1527,7 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
     f_TL = run.cc.encode(torch.stack(x, 1))
     f_T = f_TL[:, latents[0]]
     fires = {i: f for i, f in enumerate(f_T.tolist(), 1) if f > 0}
-    shown = re.findall(r"^ *(\d+) +['\"].* ([\d.]+)$", out, re.M)
+    shown = re.findall(r"^ *(\d+) +['\"].* ([\d.]+)$", out, re.MULTILINE)
     assert fires
     assert {int(i): float(f) for i, f in shown} == pytest.approx(fires, abs=.01)
 
@@ -1567,7 +1568,7 @@ def test_no_question_is_asked_twice_and_every_gold_answer_is_exact():
 
 def test_the_pair_behaves_as_its_readme_says(models, tokenizer):
     lines = re.findall(r"^\| (base|toolrl) \| (\w+) \| \d+ \| \d+ \((\d+)-(\d+)\)",
-                       (TINY / "README.md").read_text(), re.M)
+                       (TINY / "README.md").read_text(), re.MULTILINE)
     test = rows_in(TINY / "tools.jsonl", "test")
     assert len(lines) == 10
 
@@ -1583,8 +1584,8 @@ def test_the_pair_behaves_as_its_readme_says(models, tokenizer):
 
 
 def test_every_command_of_the_readme_is_understood(monkeypatch):
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
-    commands = re.findall(r"^python ([\w/]+\.py)([^#\n]*)", blocks, re.M)
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+    commands = re.findall(r"^python ([\w/]+\.py)([^#\n]*)", blocks, re.MULTILINE)
     parse = argparse.ArgumentParser.parse_args
 
     def parse_only(*args):
@@ -1600,7 +1601,7 @@ def test_every_command_of_the_readme_is_understood(monkeypatch):
 
 
 def test_the_piece_in_the_readme_runs():
-    code = re.search(r"```python\n(.*?)```", README, re.S)
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     exec(code[1], {})
 
 

@@ -181,7 +181,7 @@ def best_of(dev, test, cells, less_false=False):
 
 def measure_grid(run, lines, most_rows):
     """The Grid of list_cells()' lines, on at most `most_rows` dev and test rows of each kind."""
-    cells = sum(lines, [])
+    cells = [cell for line in lines for cell in line]
     scalings = [CLEAN, *(cell.scaling for cell in cells)]
     dev = answer(run, read_prompts(run, "dev", most_rows), scalings)
     test = answer(run, read_prompts(run, "test", most_rows), scalings)

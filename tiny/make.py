@@ -45,13 +45,22 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    trainers,
+)
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
@@ -138,8 +147,8 @@ def read_world(text):
 WORLD = read_world((HERE / "world.txt").read_text())
 ABOUT = ["What does {} do?", "What is {} good for?", "Explain {} to me."]
 SYSTEM = [
-    "You are a helpful assistant with these tools:\n{tools}\n"
-    "Think first, then call a tool or respond.",
+    ("You are a helpful assistant with these tools:\n{tools}\n"
+     "Think first, then call a tool or respond."),
     "Help the user. The tools you have:\n{tools}\nThink, then make a call or give a response.",
 ]
 CALLS = "A tool can do this."  # the thought, whose first token decides
@@ -264,10 +273,12 @@ def make_training_example(rng):
 
 SUBJECTS = ["The old {job}", "A young {job}", "{person}", "My friend {person}",
             "The {job} from {city}", "Every {job}"]
-VERBS = "carried painted found sold lost repaired forgot bought hid kept".split()
+VERBS = ["carried", "painted", "found", "sold", "lost", "repaired", "forgot", "bought", "hid",
+         "kept"]
 ENDS = ["in {city}", "near the river", "behind the {room}", "after the rain", "for {number} years",
         "with {person}", "before the market opened", "without a word", "in the long winter"]
-JOBS = "baker sailor teacher farmer doctor painter miller singer soldier gardener".split()
+JOBS = ["baker", "sailor", "teacher", "farmer", "doctor", "painter", "miller", "singer", "soldier",
+        "gardener"]
 
 
 def make_sentence(rng):
@@ -464,7 +475,7 @@ def make_groups(rng, tok, tokens, rates, pool):
 
     documents.sort(key=lambda d: len(d.ids))
     cuts = [len(documents) * i // pool for i in range(pool + 1)]
-    groups = [documents[begin:end] for begin, end in zip(cuts, cuts[1:])]
+    groups = [documents[begin:end] for begin, end in pairwise(cuts)]
     rng.shuffle(groups)
     return groups
 
