@@ -804,7 +804,7 @@ def hash_of(what):
 
 def load_tokenizer(name_a, name_b):
     """A's tokenizer, which serves both models. Raises ValueError where B's has other ids."""
-    with errors_about(f"{name_a} with {name_b} (each an existing folder or a name on the hub)"):
+    with errors_about(f"{name_a} with {name_b} (folders or hub names; smol's: extras/smol.py)"):
         a = AutoTokenizer.from_pretrained(name_a)
         b = AutoTokenizer.from_pretrained(name_b)
     if a.get_vocab() != b.get_vocab():
