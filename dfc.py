@@ -239,8 +239,9 @@ def l1_penalty(mean_L, lambda_L, W_dec):
 
     Ours: a sum over latents, each weighed by the length of its row, or f could be shrunk for free
     by longer rows. lambda = 2e-5 makes it 1 to 10 % of the loss.
-    The paper: the sum of f. Its code, and --recipe paper: the mean of f over all latents. With its
-    lambda = 1e-3 that is 0.1 % of the loss."""
+    The paper: the sum of f. Its code: means over latents, where the exclusive term counts shared
+    ones once more; --recipe paper: the mean over all. With lambda = 1e-3 either is 0.1 % of the
+    loss."""
     return (lambda_L * mean_L * W_dec.flatten(1).norm(dim=1)).sum()
 
 

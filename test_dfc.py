@@ -77,8 +77,8 @@ def cells_of(table):
 
 
 def rows_in(file, split=None):
-    rows = dfc.read_rows(str(file), ())
-    return [row for row in rows if split in (None, row.get("split"))]
+    return [row for row in dfc.read_rows(str(file), ())
+            if split in (None, row.get("split"))]
 
 
 # ---- 1. The crosscoder ---------------------------------------------------------------------------
@@ -100,10 +100,6 @@ def fit(cc, x_NMD, steps=30):
     cc.fit_scale(x_NMD)
     cc.fair_start(x_NMD)
     return dfc.train(cc, x_NMD, steps, batch=64, lr=1e-2, dead_after=2)
-
-
-def preactivations(cc, x_BMD):
-    return cc.preactivate(cc.normalise(x_BMD))
 
 
 def slow_forward(cc, x_MD):
@@ -189,7 +185,7 @@ def test_a_fair_start_gives_every_partition_the_same_spread():
     cc.fit_scale(x_NMD)
     cc.fair_start(x_NMD)
 
-    pre_NL = preactivations(cc, x_NMD)
+    pre_NL = cc.preactivate(cc.normalise(x_NMD))
     spread = [pre_NL[:, part].std().item() for part in cc.parts().values()]
     assert spread == pytest.approx([spread[-1]] * 3, rel=.01)
 
@@ -400,6 +396,8 @@ def test_activations_are_kept_under_what_changes_them_and_never_half_written(
     assert is_new(text="two wordz")
     os.utime(tmp_path / "a" / "model.safetensors")
     assert is_new()
+    monkeypatch.setattr(dfc, "has_bf16", str)  # another precision: neither true nor false
+    assert is_new()
 
 
 # ---- 4. Texts ------------------------------------------------------------------------------------
@@ -565,7 +563,7 @@ def publish(folder, D=8, n=2, k=4, **more):
     folder.mkdir(parents=True)
     torch.save({**state, **more}, folder / "model.pt")
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "hparams.json").write_text('{"layer": 1}')
+    (folder / "hparams.json").write_text('{"layer": 1, "steps": 9, "exclusive_sparsity_coef": 0}')
     return cc
 
 
@@ -655,8 +653,8 @@ def call(program, *argv):
 
 def files(home):
     """{file: its bytes} of a folder, less the cache of activations."""
-    found = [file for file in home.rglob("*") if file.is_file() and file.parent.name != "cache"]
-    return {file: file.read_bytes() for file in found}
+    return {file: file.read_bytes() for file in home.rglob("*")
+            if file.is_file() and file.parent.name != "cache"}
 
 
 class World(NamedTuple):
@@ -1544,7 +1542,8 @@ def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
     folder = Path("runs/theirs--dfc-D8k")
     ours = dfc.load(folder)
     s = ev.open_run(folder).settings
-    assert (s.dict, s.k, s.n_a, s.n_b, s.layer, s.tie_shared) == (64, 16, n, n, 1, False)
+    assert (s.dict, s.k, s.n_a, s.n_b, s.tie_shared) == (64, 16, n, n, False)
+    assert (s.layer, s.steps, s.l1_excl) == (1, 9, 0)
     assert torch.equal(ours.W_enc, theirs.W_enc)
     assert ours.mean.any()  # fitted again
     if n > 0:

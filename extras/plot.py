@@ -6,7 +6,6 @@
     effect.png      each claim of steer.py beside its controls, and the false calls of both
     grid.png        how many latents, how strong: every cell on dev, the best at each |S| on test
     saturation.png  how many latents does it take: a line for each dictionary, hence each seed
-    sweep.png       what reconstruction changes, a point for each setting of run_sweep.sh
 
 Shown is the newest result, or that of --run; in saturation all those of its pair of
 models. What cannot be drawn yet is named with its command.
@@ -22,9 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-import table
-
+sys.path.insert(0, str(HERE.parent))
 from dfc import atomically, cli, leave, read_metrics
 
 
@@ -107,13 +104,6 @@ def draw_changes(ax, places, changes, sideways=False, **style):
     else:
         ax.errorbar(places, pp, yerr=[below, above], **style)
         ax.axhline(0, **NO_CHANGE)
-
-
-def draw_legend(fig, ax):
-    """What the points of ax mean, once each, above the figure."""
-    handles, labels = ax.get_legend_handles_labels()
-    once = dict(zip(labels, handles))
-    fig.legend(once.values(), once.keys(), loc="outside upper center", ncols=3)
 
 
 # ---- 3. The figures ------------------------------------------------------------------------------
@@ -229,47 +219,17 @@ def draw_saturation(plt, runs):
     fig.supxlabel("latents taken away from A")
     for ax in axes.flat[len(kinds):]:
         ax.axis("off")
-    draw_legend(fig, axes[0, 0])
-    return fig
 
-
-def draw_sweep(plt, runs):
-    """What reconstruction changes, a point for each setting (the mean of its seeds)."""
-    swept = [run.folder for run in runs if run.folder.parent.name.startswith("seed")]
-    if not swept:
-        raise ValueError("no result of bash run_sweep.sh")
-    newest = swept[-1].parent.parent
-    rows, _ = table.read([folder for folder in swept if folder.parent.parent == newest])
-    lines = table.lines_of(rows)
-
-    fig, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 4.6))
-    for ax, score in zip(axes, ("exact", "tool")):
-        labels = []
-        for model in "AB":
-            for kind in ("DFC", "crosscoder"):
-                pp = table.setting_means(lines.get(kind, []), f"{score} {model}")
-                x = len(labels)
-                ax.plot(x + np.linspace(-.25, .25, len(pp)), pp, "o", color=BLUE, alpha=.6, mew=0)
-                ax.hlines(np.mean(pp) if pp else np.nan, x - .35, x + .35, "k", lw=2,
-                          label="mean of the settings")
-                labels.append(f"{kind}\ninto {model}\n{len(pp)} settings")
-        ax.set_xticks(range(len(labels)), labels)
-        ax.axhline(0, **NO_CHANGE)
-
-    axes[0].set_title("exact calls")
-    axes[0].set_ylabel(f"change by reconstruction, percentage points\n(n = {rows[0]['n']} prompts)")
-    axes[1].set_title("the paper's tool correctness")
-    paper = table.PUBLISHED["all"]
-    axes[1].hlines([paper.mean_a, paper.mean_b], [-.45, 1.55], [1.45, 3.45], RED, "--",
-                   label="published mean, another pair")
-    draw_legend(fig, axes[1])
+    # what the lines mean, once each
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    once = dict(zip(labels, handles))
+    fig.legend(once.values(), once.keys(), loc="outside upper center", ncols=3)
     return fig
 
 
 # ---- 4. The program ------------------------------------------------------------------------------
 
-FIGURES = {"effect": draw_effect, "grid": draw_grid, "saturation": draw_saturation,
-           "sweep": draw_sweep}
+FIGURES = {"effect": draw_effect, "grid": draw_grid, "saturation": draw_saturation}
 
 
 def pyplot():

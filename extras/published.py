@@ -1,9 +1,9 @@
 """A published crosscoder as a run, which eval_toolcall.py, steer.py and grid.py can open.
 
 The authors' files are model.pt (W_enc (2, D, L), b_enc (L), W_dec (L, 2, D), b_dec (2, D) and the
-masks of a DFC), config.json (sizes) and hparams.json (the layer; without, the preset's serves). The
-mean and scale of the vectors that it was trained on are lost: they are fitted again, on 600
-training texts.
+masks of a DFC), config.json (sizes) and hparams.json (layer and training; what is not told there,
+the preset tells). The mean and scale of the vectors that it was trained on are lost: they are
+fitted again, on 600 training texts.
 
     python extras/published.py antebe1/dfc-D8k-excl10-k45     # the paper's pair: a GPU, the hub
     python steer.py runs/antebe1--dfc-D8k-excl10-k45
@@ -21,14 +21,24 @@ from transformers.utils import cached_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dfc
 
+HPARAMS = {  # what hparams.json says, as an option of dfc.py
+    "layer": "layer",
+    "steps": "steps",
+    "lr": "lr",
+    "train_batch": "batch",
+    "sparsity_coef": "l1-shared",
+    "exclusive_sparsity_coef": "l1-excl",
+}
+
 
 def read_json(name, file):
     """What a JSON file of a folder or hub name holds."""
-    return json.loads(Path(cached_file(name, file)).read_text())
+    return json.loads(Path(cached_file(name, file) or file).read_text())
 
 
 def read_checkpoint(name):
-    """The crosscoder in a folder or a hub name, frozen; nothing in it is executed."""
+    """The crosscoder in a folder or a hub name, frozen; nothing in it is executed. Raises
+    ValueError, also where its latents lie in another order than ours: A, B, shared."""
     sizes = read_json(name, "config.json")
     names = "activation_dim", "dict_size", "k", "n_a", "n_b"
     missing = [key for key in names if key not in sizes]
@@ -39,19 +49,22 @@ def read_checkpoint(name):
     weights = {key: state[key] for key, _ in cc.named_parameters()}  # their masks are left out
     cc.load_state_dict(weights, strict=False)  # mean and scale keep 0 and 1
     cc.confine(cc.W_enc, cc.W_dec)
+    if not all(torch.equal(weights[key], own) for key, own in cc.named_parameters()):
+        raise ValueError("weights that n_a and n_b forbid are not zero")
     return cc.requires_grad_(False)
 
 
-def layer_of(name):
-    """{"layer": what hparams.json tells}, or {} where there is no such file, and a line that says
-    so. Raises OSError where the hub does not answer."""
+def read_training(name):
+    """What hparams.json tells, as options of dfc.py. Where there is no such file nothing, and a
+    line that says so. Raises OSError where the hub does not answer."""
     try:
-        return {"layer": read_json(name, "hparams.json")["layer"]}
+        theirs = read_json(name, "hparams.json")
     except OSError as e:
         if "does not appear to have a file" not in str(e):
             raise
-        print(f"{name} has no hparams.json: the preset's layer serves")
+        print(f"{name} has no hparams.json: layer and training are taken from the preset")
         return {}
+    return {HPARAMS[key]: value for key, value in theirs.items() if key in HPARAMS}
 
 
 def main(argv=None):
@@ -63,35 +76,35 @@ def main(argv=None):
     with dfc.errors_about(args.name):
         cc = read_checkpoint(args.name)
 
-    # its own sizes and layer; models and texts of the preset
+    # its own sizes, layer and training; models and texts of the preset
     L = len(cc.b_enc)
     asked = {"preset": args.preset, "recipe": "paper", "dict": L, "k": cc.k,
-             "excl": cc.n_a / L, "excl-b": cc.n_b / L, **layer_of(args.name),
+             "excl": cc.n_a / L, "excl-b": cc.n_b / L, **read_training(args.name),
              "out": args.out or f"runs/{args.name.strip('/').replace('/', '--')}"}
     s = dfc.parse_args([f"--{key}={value}" for key, value in asked.items()])
     if Path(s.out).exists():
         raise ValueError(f"{s.out} is there already: give another --out")
 
-    # both models' vectors, for the lost mean and scale
+    # both models' vectors: training texts for the lost mean and scale, dev texts as in dfc.py
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = Path(s.out).parent / "cache"
     tokenizer = dfc.load_tokenizer(s.model_a, s.model_b)
-    x = {}
-    for split in ("train", "dev"):
+    vectors = {}  # {split: x_NMD}
+    for split, recipe in (("train", "paper"), ("dev", "dfc")):
         tool_texts, plain_texts = dfc.load_texts(
-            s.tool_texts, s.plain_texts, tokenizer, split, 300, cache, s.recipe)
-        x[split] = dfc.collect_pair(
+            s.tool_texts, s.plain_texts, tokenizer, split, 300, cache, recipe)
+        vectors[split] = dfc.collect_pair(
             s.model_a, s.model_b, tool_texts + plain_texts, s.layer, cache, device)
     with dfc.errors_about(f"{args.name} with {s.model_a}"):  # their widths may differ
-        cc.fit_scale(x["train"])
+        cc.fit_scale(vectors["train"])
 
-    metrics = {**dfc.measure(cc, x["train"], x["dev"]), "config": asdict(s),
-               "crosscoder": args.name}
+    metrics = {**dfc.measure(cc, vectors["train"], vectors["dev"]), "config": asdict(s),
+               "crosscoder": args.name, "loss": {}}  # nobody wrote the loss down
     with dfc.atomically(Path(s.out)) as folder:
         dfc.save(cc, folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    print(f"saved   {s.out}; variance explained, dev texts: "
-          "A {A:.3f}, B {B:.3f}".format(**metrics["fve"]))
+    fve = metrics["fve"]
+    print(f"saved   {s.out}; variance explained, dev texts: A {fve['A']:.3f}, B {fve['B']:.3f}")
 
 
 if __name__ == "__main__":

