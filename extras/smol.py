@@ -255,12 +255,14 @@ def train_rl(steps=50, lr=2e-4, kl_weight=3., n_rows=8, look_every=5):
     base, tok = load_model(HOME / "base", "cpu")
     opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     dev = tool_rows("dev", 16)
+
+    # early, A and the curve are of one run: what a stopped one has left goes
     curve = ADAPTERS / "rl_curve.jsonl"
-    curve.unlink(missing_ok=True)  # of a run that was stopped, as is what follows: both are of one
+    curve.unlink(missing_ok=True)
     for name in ("early", "toolrl"):
         shutil.rmtree(ADAPTERS / name, ignore_errors=True)
 
-    early = False
+    has_early = False
     for step in tqdm(range(1, steps + 1), "RL", disable=None):
         writer = merged(model).requires_grad_(False)  # A as it would be saved; it answers faster
         rows = make.rl_rows("smol", step, n_rows)
@@ -268,12 +270,12 @@ def train_rl(steps=50, lr=2e-4, kl_weight=3., n_rows=8, look_every=5):
             loss, log = make.rl_loss(model.get_base_model(), base, tok, rows, kl_weight, writer)
 
         # look at dev rows; at every step while A may be early, for that is soon over
-        near = log["requests"] > .3 and not early
-        if near or step % look_every == 0:
+        soon_early = log["requests"] > .3 and not has_early
+        if soon_early or step % look_every == 0:
             log |= share_of_calls(writer, tok, dev)
-            if log["needs"] >= 20 and not early:
+            if log["needs"] >= 20 and not has_early:
                 save_adapter(model, "early")
-                early = True
+                has_early = True
         log_line(curve, step, log)
 
         # step, with 10 steps of warm-up
@@ -282,7 +284,7 @@ def train_rl(steps=50, lr=2e-4, kl_weight=3., n_rows=8, look_every=5):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
-    if not early:
+    if not has_early:
         raise ValueError("A never called on a fifth of dev rows: train it longer")
     save_adapter(model, "toolrl")
 
