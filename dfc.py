@@ -154,7 +154,7 @@ class Crosscoder(nn.Module):
         self.W_dec = nn.Parameter(W_dec)                             # (L, M, D)
         self.b_dec = nn.Parameter(torch.zeros(2, d_model))           # (M, D)
         self.register_buffer("mean", torch.zeros(2, d_model))        # (M, D)
-        self.register_buffer("scale", torch.ones(2))                 # (M,)
+        self.register_buffer("scale", torch.ones(2, d_model))        # (M, D)
 
     def parts(self):
         """{name: slice of latents}, in the order in which they lie; empty ones are left out."""
@@ -176,7 +176,7 @@ class Crosscoder(nn.Module):
 
     def normalise(self, x_BMD):
         """(1) Raw activations -> zero mean, mean square one per model."""
-        return (x_BMD.float() - self.mean) / self.scale[:, None]
+        return (x_BMD.float() - self.mean) / self.scale
 
     def preactivate(self, z_BMD):
         """(2) Normalised vectors -> pre_BL."""
@@ -194,7 +194,7 @@ class Crosscoder(nn.Module):
 
     def decode(self, f_BL):
         """f_BL -> xhat_BMD in raw activation units."""
-        return self.decode_normalised(f_BL) * self.scale[:, None] + self.mean
+        return self.decode_normalised(f_BL) * self.scale + self.mean
 
     def forward(self, x_BMD):
         f_BL = self.encode(x_BMD)
@@ -203,9 +203,10 @@ class Crosscoder(nn.Module):
     @torch.no_grad()
     def fit_scale(self, x_NMD):
         """[c] Keep the training vectors' mean and root mean square, so that encode() takes and
-        decode() returns raw activations. Published, both are lost before the evaluation."""
+        decode() returns raw activations. Published, both are lost before the evaluation. One scale
+        for all coordinates of a model: directions stay as they are."""
         self.mean.copy_(x_NMD.float().mean(0))
-        self.scale.copy_((x_NMD - self.mean).pow(2).mean((0, 2)).sqrt())
+        self.scale.copy_((x_NMD - self.mean).pow(2).mean((0, 2))[:, None].sqrt())
 
     @torch.no_grad()
     def fair_start(self, x_BMD):
@@ -300,7 +301,7 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
     cc.confine(cc.W_enc, cc.W_dec)  # in case the weights were drawn anew
 
-    lambda_L = torch.full_like(cc.b_enc.data, l1_shared)
+    lambda_L = torch.full_like(cc.b_enc, l1_shared)
     lambda_L[:cc.n_a + cc.n_b] = l1_excl
     silent_L = torch.zeros_like(lambda_L)  # steps since a latent was active
     total = lambda_L.new_zeros(3)          # of each loss term, over the last tenth
@@ -489,7 +490,6 @@ def collect_pair(name_a, name_b, texts, layer, cache, device):
 
 # ---- 5. Texts ------------------------------------------------------------------------------------
 TOOL_ROW = ("instruction", "input", "output")  # the texts that a row holds
-PLAIN_ROW = ("text",)
 
 
 def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", seed=0):
@@ -567,7 +567,7 @@ def plain_chunks(name, tokenizer, split, n, cache):
         return json.loads(file.read_text())
 
     pieces = []
-    for row in read_rows(name, PLAIN_ROW, stream=True):
+    for row in read_rows(name, ("text",), stream=True):
         if split_of(row) == split:
             pieces += chunks(row["text"], tokenizer)
         if len(pieces) >= n:
@@ -648,7 +648,7 @@ def load(folder, device="cpu"):
         config = json.loads(Path(folder, "config.json").read_text())
         names = "activation_dim", "dict_size", "k", "n_a", "n_b", "tied"
         cc = Crosscoder(*[config[name] for name in names])
-        cc.load_state_dict(load_file(Path(folder, "model.safetensors")))
+        cc.load_state_dict(load_file(f"{folder}/model.safetensors"))
         return cc.to(device).requires_grad_(False)
 
 
@@ -703,7 +703,10 @@ def train_run(s, device):
     torch.manual_seed(s.seed)
     cc = Crosscoder(x_NMD.shape[2], s.dict, s.k, s.n_a, s.n_b, s.tie_shared).to(device)
     cc.fit_scale(x_NMD)
-    if s.recipe == "paper":  # an encoder drawn for itself, with the spread of ours
+    if s.recipe == "paper":
+        # a scale for each coordinate (published: and for each corpus, which one crosscoder cannot
+        # keep), and an encoder drawn for itself, with the spread of ours
+        cc.scale *= cc.normalise(x_NMD).std(0).clamp(min=1e-6)
         cc.W_enc.data.normal_(std=cc.W_enc.std().item())
     else:
         cc.fair_start(x_NMD[next(batches(len(x_NMD), 4096, s.seed))])
@@ -732,8 +735,8 @@ def measure(cc, x_NMD, dev_NMD):
     active_L = sum((cc.encode(x_BMD) > 0).sum(0) for x_BMD in x_NMD.split(1024))
     fires_L = active_L / len(x_NMD)
 
-    fve_M = fve(dev_NMD.float(), xhat_NMD).tolist()
-    out = {"fve": dict(zip("AB", fve_M)), "l0": {}, "live": {}}
+    explained = dict(zip("AB", fve(dev_NMD.float(), xhat_NMD).tolist()))
+    out = {"fve": explained, "l0": {}, "live": {}}
     for name, part in cc.parts().items():
         out["l0"][name] = fires_L[part].sum().item()
         out["live"][name] = (fires_L[part] > 0).float().mean().item()
@@ -844,7 +847,7 @@ def fingerprint(name_a, name_b, texts, layer, device):
 def read_metrics(folder):
     """metrics.json of a finished run. Raises ValueError where there is none of ours."""
     with contextlib.suppress(Exception):  # in whatever way it is damaged
-        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+        metrics = json.loads(Path(folder, "metrics.json").read_text())
         if metrics["config"].keys() >= asdict(Settings()).keys():
             return metrics
     raise ValueError(f"{folder} is no finished run of dfc.py: no metrics.json, or a damaged one "
@@ -864,8 +867,8 @@ def cli(main, argv=None):
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
         cause = e
-        while cause.__cause__ or cause.__context__:  # what the hub answered, below what libraries
-            cause = cause.__cause__ or cause.__context__  # made of it
+        while below := cause.__cause__ or cause.__context__:  # what the hub answered, below what
+            cause = below                                     # libraries made of it
         said = f"{e}" if str(cause) in str(e) else f"{e} ({cause})"
         said = re.sub(r"(https?://[^\s?]+)\?[^\s)]+", r"\1", said)  # a signed address is a key
         print(f"{Path(sys.argv[0]).name}: {' '.join(said.split())[:600]}", file=sys.stderr)

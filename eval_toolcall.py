@@ -12,11 +12,14 @@ Scores, each a pure function of text:
 
     exact          the headline: the multiset of calls equals the gold one (names, keys, values;
                    3 is 3.0 and not "3"). Where no call is wanted: a non-empty response, no call
-    name, called   the multiset of names equals the gold one; any well-formed call at all
+    name           the multiset of names equals the gold one. Of exact and name all blocks must be
+                   closed and hold calls alone
+    called         any well-formed call at all
     false_call     called, where no call is wanted
     toolrl         ToolRL's reward (arXiv 2504.13958): format {0, 1} + correctness [-3, 3]
     paper_*        the rubric of arXiv 2606.26474: format = a <tool_call> and a "name" anywhere;
-                   tool = the first "name" equals, contains or is contained in any listed tool;
+                   tool = the first "name" equals, contains or is contained in any tool that the
+                   row's instruction lists ("1. Name: get_weather");
                    overall = -1 + format + 2 tool. Calling tool 1 with {} scores 100 %: hence the
                    chance lines, three answers that never read the question.
 
@@ -101,9 +104,8 @@ def after_thought(text):
 def parse_calls(text):
     """The calls of an answer; raises nothing.
 
-    Thoughts mention the tags, so read is what follows the thought: in each <tool_call> block one
-    JSON object after another, on lines of their own (ToolRL) or one a block with "arguments"
-    (Hermes)."""
+    Only what follows the thought is read, for thoughts mention the tags. A <tool_call> block holds
+    JSON objects, one a line (ToolRL), or a single one with "arguments" (Hermes)."""
     calls = []
     tidy = True
     for block in after_thought(text).split("<tool_call>")[1:]:
@@ -187,11 +189,12 @@ def toolrl_correctness(output, gold):
 
         the gold has no call                           0
         no </tool_call> anywhere in the output        -3
-        a line of the first block is no JSON          -3
+        a line of the first block is no call          -3
         a call with a gold name lacks "parameters"    -3
         else     6 (J(names) + sum of matches) / (1 + sum over gold calls (1 + keys)) - 3
 
-    J is the Jaccard index; each gold call in turn takes the best call that is left."""
+    J is the Jaccard index; each gold call in turn takes the best call that is left. Of several
+    blocks (Hermes) the first alone is read."""
     if "<tool_call>" not in gold:
         return 0.
     if "</tool_call>" not in output:
@@ -250,6 +253,8 @@ def tool_names(text):
 def score(output, row):
     """{score: value} of one answer to a tool row; pure."""
     gold = row["output"]
+
+    # of a whole transcript the last answer
     output = output.split("<|im_start|>assistant")[-1].split("<|im_end|>")[0]
 
     # ours
@@ -301,7 +306,8 @@ def wilson(hits, n, z=1.96):
 
 def paired(after, before, unit=100, times=2000, seed=0):
     """{pp, lo, hi}: mean difference of two scores of the same rows, times unit (100: percentage
-    points), with a 95 % bootstrap interval over rows, of no width where all change alike."""
+    points), with a 95 % bootstrap interval over rows. It has no width where all change alike, which
+    is no certainty."""
     difference = unit * (np.asarray(after, float) - np.asarray(before, float))
     draws = np.random.default_rng(seed).integers(len(difference), size=(times, len(difference)))
     low, high = np.percentile(difference[draws].mean(1), [2.5, 97.5])
@@ -322,8 +328,8 @@ def totals(scores, rows):
         out[group] = {"n": len(members)}
         for name in members[0]:
             total = sum(s[name] for s in members)
-            share = {"mean": total / len(members)}
-            out[group][name] = share if name in REWARDS else wilson(total, len(members))
+            mean = {"mean": total / len(members)}
+            out[group][name] = mean if name in REWARDS else wilson(total, len(members))
     return out
 
 
@@ -399,11 +405,6 @@ def generate(model, tokenizer, prompts, max_new, layer=0, keep_V=(1.,), v_VND=No
     return answers
 
 
-def scale_and_add(keep, v, h):
-    """An edit for hooked(): h -> keep h + v."""
-    return keep * h + v
-
-
 def answer_versions(model, ids_BT, mask_BT, cache, layer, keep_V, v_VBD, max_new, ends):
     """The answers of a batch of prompts in some versions, [V][B] token lists. cache: of all tokens
     but the last."""
@@ -414,10 +415,13 @@ def answer_versions(model, ids_BT, mask_BT, cache, layer, keep_V, v_VBD, max_new
     prompt_R = torch.arange(n_prompts, device=model.device).repeat(n_versions)
     keep_R11 = keep_V.repeat_interleave(n_prompts)[:, None, None]
     v_R1D = v_VBD.flatten(0, 1)[:, None]
-    patch = functools.partial(scale_and_add, keep_R11, v_R1D)
 
-    own_cache = copy.deepcopy(cache)  # reorder_cache() works in place,
-    own_cache.reorder_cache(prompt_R)  # by index_select: it also repeats rows
+    def patch(h_R1D):
+        return keep_R11 * h_R1D + v_R1D
+
+    # reorder_cache() works in place, by index_select: it can repeat rows
+    own_cache = copy.deepcopy(cache)
+    own_cache.reorder_cache(prompt_R)
     said = decode_greedily(
         model, ids_BT[prompt_R, -1:], mask_BT[prompt_R], own_cache, layer, patch, max_new, ends)
     return [said[i:i + n_prompts] for i in range(0, len(said), n_prompts)]
@@ -495,9 +499,9 @@ def reconstructions(cc, x_NMD, raw=False):
     """{"A": {version: what takes the place of its own activation, (N, D)}, "B": ...}.
 
     The pair is encoded together. Into both models: the activation itself (nothing may change), the
-    reconstruction, its parts (one partition's latents; none of them, "mean only"), the activation
-    with noise of the same norm as the reconstruction's error. raw: also as published, without mean
-    and scale ([c] in dfc.py). Into B also what beside_another_a() gives."""
+    reconstruction, its parts (one partition's latents; no latent, "mean only": mean and b_dec),
+    the activation with noise of the same norm as the reconstruction's error. raw: also as
+    published, without mean and scale ([c] in dfc.py). Into B also what beside_another_a() gives."""
     x_NMD = x_NMD.float()
     xhat_NMD, f_NL = cc(x_NMD)
     both = {"own activation": x_NMD, "reconstruction": xhat_NMD}
@@ -529,9 +533,9 @@ def reconstructions(cc, x_NMD, raw=False):
 
 
 def beside_another_a(cc, x_NMD):
-    """B's reconstruction when A's vector is not the prompt's own, but the mean or another prompt's.
-    Latents are encoded from A and B together: if B calls tools with its reconstruction and not with
-    these, the calls came in from A's vector."""
+    """B's reconstruction when A's vector is not the prompt's own, but the mean or another prompt's
+    (the row's before, which may need a tool as well). Latents are encoded from A and B together: if
+    B calls tools with its reconstruction and not with these, the calls came in from A's vector."""
     a_ND, b_ND = x_NMD.unbind(1)
     others = {"mean A": a_ND.mean(0).expand_as(a_ND), "another's A": a_ND.roll(1, 0)}
     out = {}
@@ -588,15 +592,16 @@ def describe(rows):
 
 
 def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat"):
-    """(rows, prompts) of a split, at most `most` of each kind. A prompt of more than `longest`
-    tokens, or a row whose gold is not readable, is left out and counted. template "paper": the
-    system text alone, as published. Raises ValueError where no row needs a tool."""
+    """(rows, prompts) of a split, at most `most` of each kind (the row's "kind" if it has one, else
+    whether it needs a tool). A prompt of more than `longest` tokens, or a row whose gold is not
+    readable, is left out and counted. template "paper": the system text alone, as published. Raises
+    ValueError where no row needs a tool."""
     rows = []
     prompts = []
     seen = Counter()
     left_out = 0
     for row in read_rows(tool_file, TOOL_ROW):
-        kind = str(row.get("kind", needs_tool(row)))  # a column that a file may have
+        kind = str(row.get("kind", needs_tool(row)))
         if split_of(row) != split or (most is not None and seen[kind] >= most):
             continue
         prompt = row["instruction"] if template == "paper" else prompt_of(row, tokenizer)
@@ -619,8 +624,8 @@ def load_prompts(tool_file, tokenizer, split, longest, most=None, template="chat
 # ---- 6. The program ------------------------------------------------------------------------------
 def print_totals(lines):
     """{line: totals [with "change": {pp, lo, hi}]} as a table, both kinds of rows apart."""
-    print(f"{'':28s}rows that need a tool:{'':29s}rows that do not:")
-    print(f"{'':28s}exact %  change, 95 %{'':10s}called %  toolrl  paper_tool exact %  "
+    print(f"{'':28s}rows that need a tool:{'':31s}rows that do not:")
+    print(f"{'':28s}exact %  change, 95 %{'':12s}called %  toolrl  paper_tool exact %  "
           "false calls %")
     for name, total in lines.items():
         left = right = change = ""
@@ -628,12 +633,12 @@ def print_totals(lines):
             change = "{pp:+.1f} [{lo:+.1f}, {hi:+.1f}]".format(**total["change"])
         if "needs" in total:
             needs = total["needs"]
-            left = (f"{needs['exact']['pct']:7.1f}  {change:21s}{needs['called']['pct']:10.1f}"
+            left = (f"{needs['exact']['pct']:7.1f}  {change:23s}{needs['called']['pct']:10.1f}"
                     f"{needs['toolrl']['mean']:8.2f}{needs['paper_tool']['pct']:9.1f}")
         if "none" in total:
             none = total["none"]
             right = f"{none['exact']['pct']:11.1f}{none['false_call']['pct']:15.1f}"
-        print(f"{name:28s}{left:57s}{right}".rstrip())
+        print(f"{name:28s}{left:59s}{right}".rstrip())
 
 
 def evaluate(run, most_rows, template):
@@ -657,7 +662,8 @@ def evaluate(run, most_rows, template):
         result[m] = compare_with_clean(texts[m], rows)
 
         print(f"\n{run.folder}, layer {s.layer}, into {m}; test rows: {describe(rows)}")
-        print_totals({**result[m], **chances} if m == "A" else result[m])
+        shown = result[m] | chances if m == "A" else result[m]
+        print_totals(shown)
 
     # every answer, and the totals
     lines = []
@@ -694,13 +700,17 @@ def headline(name, total):
 
 def score_file(name):
     """The job of --score: rows {output, prediction[, instruction]} of a .jsonl file."""
-    every = list(read_rows(name, ("output", "prediction")))
-    rows = [row for row in every if is_readable(row)]
+    all_rows = list(read_rows(name, ("output", "prediction")))
+    rows = [row for row in all_rows if is_readable(row)]
     if not rows:
         raise ValueError(f"{name} holds no row whose gold answer is exact against itself")
     check_call_format(rows)
-    print(f"{len(every) - len(rows)} of {len(every)} rows left out: gold unreadable")
+    print(f"{len(all_rows) - len(rows)} of {len(all_rows)} rows left out: gold unreadable")
     print(describe(rows))
+    listing = sum(bool(tool_names(str(row.get("instruction")))) for row in rows)
+    if listing < len(rows):
+        print(f"{listing} rows have an instruction that lists tools: of these alone are the chance "
+              "lines, and on the others paper_tool is 0")
 
     result = totals([score(row["prediction"], row) for row in rows], rows)
     print_totals({name: result, **chance(rows)})
@@ -708,7 +718,8 @@ def score_file(name):
 
 
 def save_result(folder, key, value, lines, file):
-    """Put a result beside what metrics.json holds already, and the rows behind it into a file."""
+    """Put a result into metrics.json, in place of an earlier one, and the rows behind it into a
+    file."""
     metrics = read_metrics(folder)
     metrics[key] = value
     with atomically(folder / file) as part:
@@ -732,7 +743,7 @@ def main(argv=None):
     p.add_argument("--rows", type=at_least_one, help="test rows of each kind, which is "
                    "a row's \"kind\" or whether it needs a tool (default: all)")
     p.add_argument("--score", metavar="FILE", help="score your own answers, nothing else: a .jsonl "
-                   "of rows {output: the right answer, prediction: yours}")
+                   "of rows {output: the right answer, prediction: yours[, instruction]}")
     args = p.parse_args(argv)
 
     if args.score is not None:

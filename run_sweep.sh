@@ -8,7 +8,8 @@
 #   SEEDS="0 1 2" bash run_sweep.sh         with the seed noise: an effect means something beside it
 #   OUT=runs/published bash run_sweep.sh --recipe paper     what follows goes to every dfc.py
 #
-# Stop it anywhere: what is done is not done again. Others: DICTS, KS, ROWS (test rows of each kind).
+# Stop it anywhere: what is done is not done again, and settings of another sweep in the same OUT are
+# refused. Others: DICTS, KS, ROWS (test rows of each kind, of what is not evaluated yet).
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -23,14 +24,13 @@ esac
 train() {  # name, then what sets the setting apart
   local run=$OUT/seed$seed/$1; shift
   runs+=("$run")
-  if [ ! -f "$run/metrics.json" ]; then
-    python dfc.py --preset "$PRESET" --dict "$dict" --k "$k" --seed "$seed" --out "$run" "$@"
-  fi
+  python dfc.py --preset "$PRESET" --dict "$dict" --k "$k" --seed "$seed" --out "$run" "$@"
 }
 
 runs=() todo=()
 for seed in $SEEDS; do for dict in $DICTS; do for k in $KS; do
-  size=D$((dict < 8192 ? dict : dict / 1024))$([ "$dict" -lt 8192 ] || echo k)
+  size=D$dict
+  if [ $((dict % 8192)) = 0 ]; then size=D$((dict / 1024))k; fi  # as the paper names them
   train "cc-$size-k$k" --excl 0 --excl-b 0 "$@"
   train "cc-$size-nol1-k$k" --excl 0 --excl-b 0 --l1-shared 0 "$@"
   for share in 3 5 10; do

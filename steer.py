@@ -29,15 +29,16 @@ vector and m the point halfway between the two means:
     constant      c (needs - none) on all prompts
     A along       c max(0, <x_nA - m, u>) u: as far as A's own vector reaches along it
 
-The margin is the effect less that of the strongest control, on the same prompts; it is negative
-where the control does more. The verdict on exact calls:
+The margin is the effect less that of the control, of its kind, that does most on the same prompts.
+As it is chosen there, it is of many equal ones the luckiest: the margin errs on the low side. The
+verdict on exact calls, by bootstrap intervals over prompts:
 
+    too few rows          fewer than 20 prompts that need a tool
+    a control itself      nothing to compare with
     no                    the 95 % interval of the effect, or of its margin over random directions,
                           does not lie beyond 0
     beyond random         both do
     beyond every control  so do the margins over the three other kinds of control
-    a control itself      nothing to compare with
-    too few rows          fewer than 20 prompts that need a tool
 
 A line of what is printed, shortened:
 
@@ -164,7 +165,7 @@ def rank_latents(cc, x, f):
         }
 
         for latent in columns["cohens_d"].argsort(descending=True).tolist():
-            if columns["cohens_d"][latent] <= 0:
+            if not columns["cohens_d"][latent] > 0:  # nor is that of a single text, nan
                 break
             row = {"contrast": f"{first}/{second}", "partition": partition_of(cc, latent),
                    "feature_idx": latent}
@@ -222,7 +223,7 @@ def survey_latents(run):
 
 
 def best_latents(ranking, partition):
-    """The latents of a partition that fire more where a tool is needed, best separated first."""
+    """The latents of a partition that are larger where a tool is needed, best separated first."""
     return [row["feature_idx"] for row in ranking
             if row["contrast"] == "needs/none" and row["partition"] == partition]
 
@@ -236,7 +237,7 @@ def choose_latents(cc, ranking, asked=None):
     homes = {partition_of(cc, latent) for latent in latents}
     if len(homes) != 1 or homes & {None, "B-exclusive"} or len(set(latents)) < len(latents):
         raise ValueError(f"latents {latents}: name distinct ones of one partition that writes into "
-                         f"A; {partition} ones that fire more where a tool is needed: "
+                         f"A; {partition} ones that are larger where a tool is needed: "
                          f"{best[:9] or 'none'}")
     return latents
 
@@ -253,8 +254,8 @@ def delta(cc, f_NL, latents, alpha):
 
 
 def take_away(cc, latents, along_D=None):
-    """An edit for hooked(): subtract at every token what exclusive latents of A write there. We
-    assume that all survive the top k, which A alone cannot tell. along_D: a push of the same length
+    """An edit for hooked(): subtract at every token what exclusive latents of A write there, as if
+    all survived the top k: whether they do depends on B's vector too. along_D: subtract as much
     along this direction instead."""
     def edit(h_RTD):
         z_RTD = (h_RTD.float() - cc.mean[0]) / cc.scale[0]
@@ -277,14 +278,14 @@ def control_units(cc, survey, latents, most_latents):
     ones of the partition, at most most_latents, those that separate best."""
     part = cc.parts()[partition_of(cc, latents[0])]
     f_NL = survey.dev.f_NL
-    d_L = cohens_d(f_NL[survey.dev.needs_N], f_NL[~survey.dev.needs_N])  # the ranking ends at d = 0
+    d_L = cohens_d(f_NL[survey.dev.needs_N], f_NL[~survey.dev.needs_N])  # also below 0
     others = []
     for latent in d_L.argsort(descending=True).tolist():
         if part.start <= latent < part.stop and survey.live_L[latent] and latent not in latents:
             others.append(latent)
     directions = {
         "random": random_units(10, survey.a_minus_b_D),
-        "latents": cc.W_dec[others[:most_latents], 0],
+        "latents": cc.W_dec[others[:most_latents], 0] * cc.scale[0],
         "A - B": survey.a_minus_b_D[None],
         "needs - none": survey.needs_minus_none_D[None],
     }
@@ -311,7 +312,7 @@ class Outcome(NamedTuple):
     """What a model answers to prompts."""
 
     exact: list         # 0 or 1 for each prompt that needs a tool
-    false_calls: float  # tool calls on prompts that need none, in percent of these
+    false_calls: float  # well-formed calls on prompts that need none, in percent of these
     answers: list       # to all prompts, texts
 
 
@@ -333,14 +334,14 @@ def outcomes(model, tokenizer, prompts, layer, v_VND, max_new):
 
 
 def outcomes_in(run, m, prompts, v_VND):
-    """The same in model m ("A" or "B") of a run."""
+    """outcomes() in model m ("A" or "B") of a run."""
     s = run.settings
     return outcomes(run.models[m], run.tokenizer, prompts, s.layer, v_VND, s.max_new)
 
 
 def clean_outcomes(run, prompts):
     """{"A", "B": the Outcome when nothing is added}."""
-    nothing_VND = torch.zeros(1, *prompts.x_NMD[:, 0].shape)
+    nothing_VND = torch.zeros(1, len(prompts.texts), 1)
     return {m: outcomes_in(run, m, prompts, nothing_VND)[0] for m in "AB"}
 
 
@@ -348,7 +349,7 @@ class Intervention(NamedTuple):
     """Something done to a model at the prompts' last tokens."""
 
     kind: str            # "down", "up", "into B" or "as in A"
-    model: str           # "A" or "B": which is changed
+    m: str               # "A" or "B": the model that is changed
     text: str            # what is done, in words
     v_ND: torch.Tensor   # what is added
     controls: dict       # {name: (U, N, D)}: what is added instead; {}: it is a control itself
@@ -372,12 +373,12 @@ def best_strength(run, m, prompts, unit_ND, strengths):
     return min(c for c, g in zip(strengths, gain) if g >= max(gain) - error)
 
 
-def with_controls(kind, model, text, v_ND, units, sign=1):
+def with_controls(kind, m, text, v_ND, units, sign=1):
     """An intervention beside pushes as long. Where a latent is taken away, so are the controls:
     hence the sign."""
     controls = as_long_as(v_ND, units)
     controls = {name: sign * v_UND for name, v_UND in controls.items()}
-    return Intervention(kind, model, text, v_ND, controls, sign)
+    return Intervention(kind, m, text, v_ND, controls, sign)
 
 
 class Strengths(NamedTuple):
@@ -392,7 +393,7 @@ class Strengths(NamedTuple):
 def choose_strengths(run, survey, latents, few_dev):
     """The Strengths. Six of each are tried in B, those of ALPHAS in A."""
     in_b = (.25, .5, 1, 2, 4, 8)
-    added = [alpha - 1 for alpha in ALPHAS]  # by (9), in units of (8)
+    added = [alpha - 1 for alpha in ALPHAS]  # (9): alpha - 1 times (8) is added
     written_ND = written(run.cc, few_dev.f_NL, latents)
     constant_ND = survey.needs_minus_none_D.expand_as(written_ND)
     along_ND = reach_along(few_dev.x_NMD[:, 0], survey.needs_minus_none_D, survey.middle_D)
@@ -406,7 +407,6 @@ def choose_strengths(run, survey, latents, few_dev):
 
 def list_interventions(cc, survey, latents, test, strengths, units):
     """All that is done to the models on test prompts, each a line of the table."""
-    s = strengths
     written_ND = written(cc, test.f_NL, latents)
 
     # one f for all prompts, the mean or maximum of dev prompts
@@ -421,23 +421,23 @@ def list_interventions(cc, survey, latents, test, strengths, units):
     return [
         with_controls("down", "A", "taken away from A", delta(cc, test.f_NL, latents, 0), units,
                       sign=-1),
-        with_controls("up", "A", f"scaled by alpha = {s.alpha:g} in A",
-                      delta(cc, test.f_NL, latents, s.alpha), units),
+        with_controls("up", "A", f"scaled by alpha = {strengths.alpha:g} in A",
+                      delta(cc, test.f_NL, latents, strengths.alpha), units),
         with_controls("into B", "B", "its mean added to B", mean_ND, units),
         with_controls("into B", "B", "its maximum added to B", maximum_ND, units),
-        with_controls("as in A", "B", f"its activation in A x {s.c:g} added to B",
-                      s.c * written_ND, units),
-        Intervention("as in A", "B", f"constant needs - none x {s.constant:g} added to B",
-                     s.constant * constant_ND, {}),
-        Intervention("as in A", "B", f"A along needs - none x {s.along:g} added to B",
-                     s.along * along_ND, {}),
+        with_controls("as in A", "B", f"its activation in A x {strengths.c:g} added to B",
+                      strengths.c * written_ND, units),
+        Intervention("as in A", "B", f"constant needs - none x {strengths.constant:g} added to B",
+                     strengths.constant * constant_ND, {}),
+        Intervention("as in A", "B", f"A along needs - none x {strengths.along:g} added to B",
+                     strengths.along * along_ND, {}),
     ]
 
 
 def measure(run, prompts, intervention):
     """(the outcome of an intervention, {name: [outcome of each control]})."""
     v_VND = torch.cat([intervention.v_ND[None], *intervention.controls.values()])
-    own, *others = outcomes_in(run, intervention.model, prompts, v_VND)
+    own, *others = outcomes_in(run, intervention.m, prompts, v_VND)
     controls = {}
     for name, v_UND in intervention.controls.items():
         controls[name] = others[:len(v_UND)]
@@ -446,9 +446,9 @@ def measure(run, prompts, intervention):
 
 
 def measure_every_token(run, prompts, latents, random_UD):
-    """The same of latents taken away from A at every token of prompt and answer; controls are
+    """measure() of latents taken away from A at every token of prompt and answer; controls are
     random directions."""
-    nothing_VND = torch.zeros(1, *prompts.x_NMD[:, 0].shape)
+    nothing_VND = torch.zeros(1, len(prompts.texts), 1)
     found = []
     for along_D in (None, *random_UD):
         with hooked(run.models["A"], run.settings.layer, take_away(run.cc, latents, along_D)):
@@ -483,7 +483,7 @@ def measure_plain_text(run, latents, random_UD, texts):
 class Claim:
     """An intervention's effect beside its controls; all figures in percent, or points of it."""
 
-    kind: str           # as in Intervention
+    kind: str           # of the Intervention, or "down, every token"
     text: str
     sign: int
     effect: dict        # change of exact calls {pp, lo, hi}
@@ -529,7 +529,7 @@ def verdict(effect, margins, sign):
 
 @dataclass
 class Result:
-    """What becomes of one latent, or a set of them; metrics.json keeps it."""
+    """What becomes of one latent, or a set of them; metrics.json keeps the last one."""
 
     latents: list
     rows: dict                # test prompts: {"needs", "none"}
@@ -549,10 +549,10 @@ def steer(run, survey, latents, most_rows=40, thorough=False):
     clean = clean_outcomes(run, test)
     answers = {f"clean {m}": outcome.answers for m, outcome in clean.items()}
     claims = []
-    for done in interventions:
-        own, controls = measure(run, test, done)
-        answers[done.text] = own.answers
-        claims.append(compare(done.kind, done.text, done.sign, clean[done.model], own, controls))
+    for push in interventions:
+        own, controls = measure(run, test, push)
+        answers[push.text] = own.answers
+        claims.append(compare(push.kind, push.text, push.sign, clean[push.m], own, controls))
 
     # at every token: what an exclusive latent reads can be told from A alone
     plain_text = None
@@ -578,14 +578,14 @@ def print_result(result, folder, layer):
     names = " ".join(map(str, result.latents))
     print(f"\n{folder}, layer {layer}, latent {names}; test rows: {result.rows['needs']} that need "
           f"a tool, {result.rows['none']} that do not\n")
-    print(f"{'':38s}exact calls, %                 false    changes by controls, pp (most false "
-          f"calls){'':16s}margin over the")
-    heads = "".join(f"{name:>15s}" for name in CONTROLS)
-    print(f"{'':38s}clean  change, pp, 95 %     calls, %{heads}   strongest, 95 %     verdict")
+    print(f"{'':39s}exact calls, %                 false    changes by controls, pp (most false "
+          f"calls){'':20s}margin over the")
+    heads = "".join(f"{name:>16s}" for name in CONTROLS)
+    print(f"{'':39s}clean  change, pp, 95 %     calls, %{heads}   strongest, 95 %     verdict")
     for claim in result.claims:
         change = "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**claim.effect)
-        cells = "".join(f"{control_cell(claim.controls.get(name)):>15s}" for name in CONTROLS)
-        print(f"{claim.text:38s}{claim.clean['exact']:5.0f}  {change:20s}{claim.false_calls:10.0f}"
+        cells = "".join(f"{control_cell(claim.controls.get(name)):>16s}" for name in CONTROLS)
+        print(f"{claim.text:39s}{claim.clean['exact']:5.0f}  {change:20s}{claim.false_calls:10.0f}"
               f"{cells}   {margin_cell(claim.margins):20s}{claim.verdict}")
     print("verdict: do the intervals of the change and of its margins over controls lie beyond 0?")
 
@@ -611,10 +611,10 @@ def control_cell(changes):
 
 
 def margin_cell(margins):
-    """The smallest margin."""
+    """The margin that decides, that which reaches lowest."""
     if not margins:
         return "-"
-    smallest = min(margins.values(), key=lambda margin: margin["pp"])
+    smallest = min(margins.values(), key=lambda margin: margin["lo"])
     return "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**smallest)
 
 
@@ -676,7 +676,7 @@ def exclusivity(cc, x_NMD, f_NL):
 
     Both are 0 for what only A has and 1 for what both have alike; |nu_error| < .2 and |nu_recon| <
     .5 count as A's own. In normalised units, for in raw ones nu carries scale_B / scale_A. A beta
-    is negative where other latents write the opposite; 1e9 stands for a division by zero."""
+    is negative where other latents write the opposite; +-1e9 stands for a division by zero."""
     zhat_NMD = cc.decode_normalised(f_NL)
     error_NMD = cc.normalise(x_NMD) - zhat_NMD
     d_LD = cc.W_dec[:, 0]
@@ -703,7 +703,7 @@ def parse_args(argv=None):
     p.add_argument("--rows", type=at_least_one, default=40, help="test rows of each kind, "
                    "which is a row's \"kind\" or whether it needs a tool (40)")
     p.add_argument("--thorough", action="store_true", help="60 other latents as controls, not 20; "
-                   "the latents taken away at every token, also from plain text")
+                   "exclusive latents taken away at every token, also from plain text")
     p.add_argument("--prompt", help="steer A's answer to these words of a user: print the texts, "
                    "and at which tokens the latents fire")
     p.add_argument("--alpha", nargs="+", type=float, help="strengths for --prompt (0: taken away)")

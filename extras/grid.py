@@ -7,8 +7,8 @@ separated on dev first) are scaled by alpha at A's last prompt token, for every 
 
 The best of a hundred cells is high by luck alone on the rows that made it the best. So a cell is
 chosen on dev rows and reported on test rows. It is chosen twice: by exact calls, as published, and
-by exact calls less false calls. A strength that answers every prompt with a call may be the best
-by the first count; by the second it is worth nothing.
+by exact calls less false calls. A strength at which every prompt is answered with a call may be the
+best by the first count; by the second it is worth nothing.
 
     python extras/grid.py                           # the newest run: three minutes on 2 CPU cores
     python extras/grid.py runs/tiny runs/tiny-excl0.0       # and a plain crosscoder
@@ -23,6 +23,7 @@ import json
 import sys
 import zlib
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dfc import atomically, cli, hash_of, leave
+from dfc import atomically, cli, hash_of, leave, load_model
 from eval_toolcall import at_least_one, open_run, paired, save_result
 from steer import ALPHAS, delta, outcomes_in, read_prompts, survey_latents
 
@@ -107,13 +108,13 @@ def list_cells(run, ranking, sizes, alphas):
 
     if not any(lines):
         raise ValueError(f"an empty grid: alpha 1 alone, or too few latents of "
-                         f"{run.folder} fires more where a tool is needed")
+                         f"{run.folder} are larger where a tool is needed")
     return lines
 
 
 def fingerprint(run, prompts):
     """A name for all that answers depend on: every weight, the rows, the length of an answer."""
-    what = [prompts.rows, prompts.texts, run.settings.max_new, run.settings.layer]
+    what = [str(prompts.rows), prompts.texts, run.settings.max_new, run.settings.layer]
     for module in (run.cc, *run.models.values()):
         for weights in module.state_dict().values():
             what.append(zlib.crc32(weights.flatten().view(torch.uint8).cpu().numpy()))
@@ -263,8 +264,9 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     grids = []
+    get = cache(load_model)  # runs of one pair share its models
     for name in args.runs or [None]:
-        run = open_run(name)
+        run = open_run(name, get)
         lines = list_cells(run, survey_latents(run).ranking, args.sizes, args.alpha)
         grid = measure_grid(run, lines, args.rows)
         print_grid(grid, run.folder)

@@ -1,18 +1,19 @@
-"""All figures, drawn again from what runs have saved (pip install matplotlib).
+"""Three figures, drawn from what runs have saved (pip install matplotlib).
 
-    python extras/plot.py                          # of all runs in runs/: seconds
+    python extras/plot.py                          # of the runs in runs/, into runs/: seconds
     python extras/plot.py --run runs/mine --out figures
 
     effect.png      each claim of steer.py beside its controls, and the false calls of both
     grid.png        how many latents, how strong: every cell on dev, the best at each |S| on test
     saturation.png  how many latents does it take: a line for each dictionary, hence each seed
 
-Shown is the newest result, or that of --run; in saturation all those of its pair of
-models. What cannot be drawn yet is named with its command.
+Shown is the run that was written to last, or --run; in saturation all runs with its models, layer
+and rows. What cannot be drawn yet is named with its command.
 """
 
 import argparse
 import math
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -61,27 +62,29 @@ def read_runs(folder, last=None):
     """The finished runs anywhere in a folder, newest last; `last` comes after all others. Raises
     ValueError where there is none."""
     files = sorted(folder.glob("**/metrics.json"), key=lambda file: file.stat().st_ctime)
-    folders = [file.parent for file in files if file.parent != last]
+    folders = [file.parent.resolve() for file in files]
     if last:
-        folders.append(last)
+        folders = [each for each in folders if each != last.resolve()] + [last]
     if not folders:
         raise ValueError(f"no finished run in {folder}: python dfc.py")
     return [Finished(each, read_metrics(each)) for each in folders]
 
 
 def runs_with(runs, key, command):
-    """The runs that hold a result of a command, all of the newest one's pair of models. Raises
+    """The runs that hold a result of a command, all alike in what same() tells. Raises
     ValueError."""
     found = [run for run in runs if key in run.metrics]
     if not found:
         raise ValueError(f"no result of {command}")
-    pair = models_of(found[-1])
-    return [run for run in found if models_of(run) == pair]
+    newest = same(found[-1], key)
+    return [run for run in found if same(run, key) == newest]
 
 
-def models_of(run):
+def same(run, key):
+    """What the runs of one picture must have in common."""
     config = run.metrics["config"]
-    return config["model_a"], config["model_b"]
+    rows = run.metrics[key]["rows"]
+    return config["model_a"], config["model_b"], config["tool_texts"], config["layer"], rows
 
 
 # ---- 2. Pieces of a figure -----------------------------------------------------------------------
@@ -141,8 +144,9 @@ def draw_effect(plt, runs):
     n = len(steering["latents"])
     changed = f"one {kind} latent is" if n == 1 else f"{n} {kind} latents are"
     fig.set_size_inches(9, 1.2 + .18 * y)
-    fig.suptitle(f"Exact calls when {changed} changed; {n_rows['needs']} test prompts that need a "
-                 f"tool\nbars: {INTERVAL}; open circles: equally long pushes in other directions")
+    fig.suptitle(f"{run.folder.name}: exact calls when {changed} changed; {n_rows['needs']} test "
+                 f"prompts that need a tool\nbars: {INTERVAL}; open circles: equally long pushes "
+                 "in other directions")
     left.set(xlabel=CHANGE, ylim=(y - .9, -1.2))
     left.set_yticks(list(heads), heads.values(), weight="bold")
     left.set_yticks(list(below), below.values(), minor=True)
@@ -197,7 +201,7 @@ def draw_saturation(plt, runs):
     """Exact calls left when the first n latents are taken away: a line for each dictionary."""
     kinds = {}
     for run in runs_with(runs, "saturation_test", "python extras/saturation.py --all"):
-        kind = run.folder.name.rpartition("-seed")[0] or run.folder.name
+        kind = re.sub(r"-seed\d+", "", run.folder.name)
         kinds.setdefault(kind, []).append(run.metrics["saturation_test"])
 
     columns = min(4, len(kinds))
@@ -247,13 +251,13 @@ def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("folder", nargs="?", type=Path, default="runs", help="holds runs (runs/)")
     p.add_argument("--run", type=Path, help="of effect and grid (default: the newest)")
-    p.add_argument("--out", type=Path, default=HERE, help="folder of the pictures (extras/)")
+    p.add_argument("--out", type=Path, help="folder of the pictures (default: that of the runs)")
     args = p.parse_args(argv)
 
     plt = pyplot()
     runs = read_runs(args.folder, args.run)
     for name, draw in FIGURES.items():
-        file = args.out / f"{name}.png"
+        file = (args.out or args.folder) / f"{name}.png"
         try:
             fig = draw(plt, runs)
         except ValueError as e:

@@ -1,9 +1,12 @@
 """A published crosscoder as a run, which eval_toolcall.py, steer.py and grid.py can open.
 
 The authors' files are model.pt (W_enc (2, D, L), b_enc (L), W_dec (L, 2, D), b_dec (2, D) and the
-masks of a DFC), config.json (sizes) and hparams.json (layer and training; what is not told there,
-the preset tells). The mean and scale of the vectors that it was trained on are lost: they are
-fitted again, on 600 training texts.
+masks of a DFC), config.json (sizes) and hparams.json (layer and training; where it says nothing,
+preset and recipe do). Models and texts are the preset's.
+
+The mean and scale of the vectors that it was trained on are lost. There each coordinate had its
+own, of plain and tool texts apart. Fitted again are those of 300 tool texts, for prompts are tool
+texts: of plain text such a run tells little.
 
     python extras/published.py antebe1/dfc-D8k-excl10-k45     # the paper's pair: a GPU, the hub
     python steer.py runs/antebe1--dfc-D8k-excl10-k45
@@ -33,7 +36,7 @@ HPARAMS = {  # what hparams.json says, as an option of dfc.py
 
 def read_json(name, file):
     """What a JSON file of a folder or hub name holds."""
-    return json.loads(Path(cached_file(name, file) or file).read_text())
+    return json.loads(Path(cached_file(name, file) or f"{name}/{file}").read_text())
 
 
 def read_checkpoint(name):
@@ -75,28 +78,30 @@ def main(argv=None):
     args = p.parse_args(argv)
     with dfc.errors_about(args.name):
         cc = read_checkpoint(args.name)
+        training = read_training(args.name)
 
-    # its own sizes, layer and training; models and texts of the preset
+    # its own sizes, layer and training
     L = len(cc.b_enc)
     asked = {"preset": args.preset, "recipe": "paper", "dict": L, "k": cc.k,
-             "excl": cc.n_a / L, "excl-b": cc.n_b / L, **read_training(args.name),
+             "excl": cc.n_a / L, "excl-b": cc.n_b / L, **training,
              "out": args.out or f"runs/{args.name.strip('/').replace('/', '--')}"}
     s = dfc.parse_args([f"--{key}={value}" for key, value in asked.items()])
     if Path(s.out).exists():
         raise ValueError(f"{s.out} is there already: give another --out")
 
-    # both models' vectors: training texts for the lost mean and scale, dev texts as in dfc.py
+    # both models' vectors of tool texts: training texts as published, dev texts as in dfc.py
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = Path(s.out).parent / "cache"
     tokenizer = dfc.load_tokenizer(s.model_a, s.model_b)
     vectors = {}  # {split: x_NMD}
     for split, recipe in (("train", "paper"), ("dev", "dfc")):
-        tool_texts, plain_texts = dfc.load_texts(
+        tool_texts, _ = dfc.load_texts(
             s.tool_texts, s.plain_texts, tokenizer, split, 300, cache, recipe)
         vectors[split] = dfc.collect_pair(
-            s.model_a, s.model_b, tool_texts + plain_texts, s.layer, cache, device)
+            s.model_a, s.model_b, tool_texts, s.layer, cache, device)
     with dfc.errors_about(f"{args.name} with {s.model_a}"):  # their widths may differ
         cc.fit_scale(vectors["train"])
+        cc.scale *= cc.normalise(vectors["train"]).std(0).clamp(min=1e-6)  # of each coordinate
 
     metrics = {**dfc.measure(cc, vectors["train"], vectors["dev"]), "config": asdict(s),
                "crosscoder": args.name, "loss": {}}  # nobody wrote the loss down
@@ -104,7 +109,8 @@ def main(argv=None):
         dfc.save(cc, folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     fve = metrics["fve"]
-    print(f"saved   {s.out}; variance explained, dev texts: A {fve['A']:.3f}, B {fve['B']:.3f}")
+    print(f"saved   {s.out}; of the variance of dev tool texts explained: A {fve['A']:.3f}, "
+          f"B {fve['B']:.3f}")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,19 @@ prompt's last token
     taken away    A loses what they write                          how many calls are left?
     as in A       c times that is added to B, c chosen on dev      how many calls appear?
 
-each beside n latents drawn from the same part, and beside one random direction, on each prompt as
-long. One dictionary is one draw of a lottery: hence many seeds, a thin line each in the picture.
+each beside what n latents drawn from the same part write, be it nothing, and beside one random
+direction, on each prompt as long as what the first n write. One dictionary is one draw of a
+lottery: hence many seeds, a thin line each in the picture.
 
     python extras/saturation.py                     # the newest run: a minute on 2 CPU cores
     python extras/saturation.py --all runs/many --seeds 10 11      # trains every kind below as well
 
-What is done is not done again: stop it anywhere. Two processes with other seeds share the work.
+What is done is not done again: stop it anywhere. Two processes, each with seeds of its own, divide
+the work.
 """
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
@@ -54,8 +57,8 @@ KINDS = {  # name: how dfc.py trains it
 # ---- 1. What all dictionaries of a pair share ----------------------------------------------------
 @dataclass
 class Scene:
-    """Prompts and clean answers. Of the prompts all but their f_NL, which saturate() puts in anew,
-    is the same for every dictionary."""
+    """Prompts and clean answers. All of it is the same for every dictionary but the prompts' f_NL,
+    which saturate() replaces."""
 
     dev: Prompts      # for the ranking
     few_dev: Prompts  # for strengths
@@ -153,6 +156,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.all and args.runs:
         p.error("either run folders or --all")
+    if not args.all and (args.options or args.seeds != [0] or args.kinds != list(KINDS)):
+        p.error("--kinds, --seeds and --options go with --all")
     folders = args.runs or [None]
     total = len(folders)
     if args.all:
@@ -167,18 +172,18 @@ def main(argv=None):
     for folder in tqdm(folders, "dictionaries", total, disable=None):
         run = open_run(folder, load_model)
         s = run.settings
-        own_pair = s.model_a, s.model_b, s.tool_texts, s.layer
+        own_pair = s.model_a, s.model_b, s.tool_texts, s.layer, s.max_new
         pair = pair or own_pair
         if own_pair != pair:
-            raise ValueError(f"{run.folder} has other models, rows or layer than the first run: "
-                             "make a table of each")
+            raise ValueError(f"{run.folder} has other models, rows, layer or --max-new than the "
+                             "first: make a table of each")
 
         result = dfc.read_metrics(run.folder).get(key, {})
         if result.get("asked") != args.rows:
             scene = scene or make_scene(run, args.split, args.rows)
             result = {**saturate(run, scene), "asked": args.rows}
             save_result(run.folder, key, result, result["sizes"], f"{key}.jsonl")
-        kind = run.folder.name.rpartition("-seed")[0] or run.folder.name
+        kind = re.sub(r"-seed\d+", "", run.folder.name)
         results.append((kind, result))
 
     clean = result["clean"]["A"]

@@ -203,7 +203,7 @@ def train_base(steps=140, lr=2e-3, n_rows=16, n_plain=8):
     plain = [row["text"] for row in rows if split_of(row) == "train"]
 
     curve = ADAPTERS / "base_curve.jsonl"
-    curve.unlink(missing_ok=True)  # of a run that was stopped
+    forget("base_curve.jsonl", "early", "toolrl")  # of a run that was stopped, or of another base
 
     for step in tqdm(range(steps), "base", disable=None):
         rng = random.Random(f"smol/base/{step}")
@@ -219,6 +219,13 @@ def train_base(steps=140, lr=2e-3, n_rows=16, n_plain=8):
         opt.step()
         log_line(curve, step + 1, terms)
     save_adapter(model, "base")
+
+
+def forget(curve, *names):
+    """Delete a curve and adapters."""
+    Path(ADAPTERS, curve).unlink(missing_ok=True)
+    for name in names:
+        shutil.rmtree(ADAPTERS / name, ignore_errors=True)
 
 
 def log_line(file, step, values):
@@ -258,9 +265,7 @@ def train_rl(steps=50, lr=2e-4, kl_weight=3., n_rows=8, look_every=5):
 
     # early, A and the curve are of one run: what a stopped one has left goes
     curve = ADAPTERS / "rl_curve.jsonl"
-    curve.unlink(missing_ok=True)
-    for name in ("early", "toolrl"):
-        shutil.rmtree(ADAPTERS / name, ignore_errors=True)
+    forget("rl_curve.jsonl", "early", "toolrl")
 
     has_early = False
     for step in tqdm(range(1, steps + 1), "RL", disable=None):
@@ -369,8 +374,8 @@ def make_pair():
 
     if not (HOME / "plain.jsonl").exists():
         write_plain_texts(tok, HOME / "plain.jsonl")
-    for name, below, learn in (("base", "original", train_base), ("early", "base", train_rl),
-                               ("toolrl", "base", train_rl)):
+    for name, below, learn in (("base", "original", train_base), ("toolrl", "base", train_rl),
+                               ("early", "base", train_rl)):
         if not (ADAPTERS / name).exists():
             learn()
         if not (HOME / name).exists():

@@ -10,7 +10,8 @@ that the authors released (one of the 48 is missing; the paper's text says 31.1 
 A difference says something only beside what seeds alone do. With several seeds a setting (SEEDS="0
 1 2" bash run_sweep.sh), each factor's largest difference between two levels is divided by the
 standard error that seed noise alone gives it: z. Of two levels without any effect it is about 0.8,
-of three 1.2: below 2 there is nothing to explain, and of twenty figures one is above it by luck.
+of three 1.2: below 2 there is nothing to explain, and of twenty figures one or two are above it by
+luck.
 
 A run is here a dict: its settings as dfc.py saved them; "name" of its folder, which is its setting
 (one name, several seeds); "n", the test rows that need a tool; under a column's title the change.
@@ -97,6 +98,9 @@ def read(folders):
 
     if not runs:
         raise ValueError("no evaluated run: bash run_sweep.sh")
+    settings = {(run["name"], run["seed"]) for run in runs}
+    if len(settings) < len(runs):
+        raise ValueError("a setting (the folder's name) stands twice with the same seed")
     for key in SAME:
         if len({run[key] for run in runs}) > 1:
             raise ValueError(f"these runs differ in {key} (n: test rows that need a tool): make a "
@@ -203,7 +207,7 @@ def difference(levels, column, sd):
 
 def print_noise(runs):
     """Seed noise, and each factor's largest difference between levels in units of it."""
-    # within a setting, pooled over settings
+    # within a setting, the mean over settings
     sds = {}
     for title in COLUMNS:
         settings = by_setting(runs, title)

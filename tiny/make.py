@@ -1,5 +1,7 @@
 """The embedded pair: a small world of tools, a base model that can call them but does not decide
-to, and the same model after reinforcement learning. Everything in tiny/ comes from this file.
+to, and the same model after reinforcement learning. Rows, texts and models in tiny/ come from this
+file. What is there is left as it is: delete what is to be made anew, a model with all that came of
+it (base/, toolrl/, early/ and work/).
 
     python tiny/make.py              # all phases, 25 to 50 minutes on 2 CPU cores; resumable
     python tiny/make.py --measure    # only measure what is in tiny/ (a minute)
@@ -98,6 +100,7 @@ class RLPlan:
     lr: float = 2e-4
     kl_weight: float = 3.                         # of the distance to the base
     snapshots: tuple = (10, 19, 22, 26, 36, 60)   # the steps after which one is kept
+    early: int = 19                               # that of them which becomes early/
 
 
 # --- 1. The world: values, tools, people who ask -------------------------------------------------
@@ -492,7 +495,7 @@ def batches(tok, plan, step, tokens=8192, pool=16):
     A pool of groups has its own seed, so that a run can begin anywhere."""
     while True:
         rng = random.Random(f"{plan.seed}/{step // pool}")
-        groups = make_groups(rng, tok, tokens, call_rates(plan, step), pool)
+        groups = make_groups(rng, tok, tokens, call_rates(plan, step // pool * pool), pool)
 
         for group in groups[step % pool:]:
             ids = [torch.tensor(document.ids) for document in group]
@@ -800,23 +803,6 @@ def save_model(model, tok, folder):
 def parse_args(argv):
     p = argparse.ArgumentParser(description="Make the embedded pair.")
     p.add_argument("--measure", action="store_true", help="only measure what is there")
-    p.add_argument("--seed", type=int, default=0)
-
-    # the base
-    p.add_argument("--steps", type=int, default=BasePlan.steps, help="pre-training steps")
-    p.add_argument("--lr", type=float, default=BasePlan.lr, help="of pre-training")
-    p.add_argument("--skill", type=float, default=BasePlan.skill,
-                   help="share of steps rich in right calls")
-    p.add_argument("--rate", type=float, default=BasePlan.rate,
-                   help="calls upon anything, after that")
-
-    # A
-    p.add_argument("--rl-steps", type=int, default=RLPlan.steps)
-    p.add_argument("--rl-lr", type=float, default=RLPlan.lr)
-    p.add_argument("--kl", type=float, default=RLPlan.kl_weight,
-                   help="weight of the distance to the base")
-    p.add_argument("--snapshots", type=int, nargs="+", default=RLPlan.snapshots)
-    p.add_argument("--early", type=int, default=19, help="the snapshot that becomes early/")
     return p.parse_args(argv)
 
 
@@ -826,24 +812,24 @@ def main(argv=None):
         return measure(AutoTokenizer.from_pretrained(HERE / "base"))
 
     # each phase is left out where its result is there already
+    base_plan = BasePlan()
     if not (HERE / "tools.jsonl").exists():
-        make_world(args.seed)
+        make_world(base_plan.seed)
 
     tokenizer_folder = HERE / "work/tokenizer"
     if not tokenizer_folder.exists():
-        make_tokenizer(args.seed).save_pretrained(tokenizer_folder)
+        make_tokenizer(base_plan.seed).save_pretrained(tokenizer_folder)
     tok = AutoTokenizer.from_pretrained(tokenizer_folder)
 
     if not (HERE / "base").exists():
-        plan = BasePlan(args.seed, args.steps, args.lr, args.skill, args.rate)
-        save_model(train_base(plan, tok), tok, HERE / "base")
+        save_model(train_base(base_plan, tok), tok, HERE / "base")
 
+    rl_plan = RLPlan()
     if not (HERE / "toolrl").exists():
-        plan = RLPlan(args.seed, args.rl_steps, args.rl_lr, args.kl, args.snapshots)
-        save_model(train_rl(plan, tok), tok, HERE / "toolrl")
+        save_model(train_rl(rl_plan, tok), tok, HERE / "toolrl")
 
     if not (HERE / "early").exists():
-        save_model(load_snapshot(snapshot_path(args.early)), tok, HERE / "early")
+        save_model(load_snapshot(snapshot_path(rl_plan.early)), tok, HERE / "early")
     measure(tok)
 
 
