@@ -6,7 +6,8 @@ pair. Some latents may read and write A only, some (by default none) B only, the
 write the same into both: what RL added has to go through the A-exclusive ones. (arXiv 2606.26474;
 the DFC is from arXiv 2602.11729.)
 
-    z_m    = (x_m - mean_m) / scale_m                (1) one vector per model m, mean square 1
+    z_m    = (x_m - mean_m) / scale_m                (1) one vector per model m, mean square 1;
+                                                         what the paper calls z is f here
     pre    = sum_m z_m W_enc[m] + b_enc              (2) forbidden (m, latent) weights are zero
     f      = the k largest of pre, if above 0        (3) all others are zero: relu, then top k
     zhat_m = sum_l f_l W_dec[l, m] + b_dec[m]        (4) and xhat_m = zhat_m scale_m + mean_m
@@ -80,11 +81,11 @@ class Settings:
     model_b: str = option(f"{TINY}/base", "its base; for the null experiment A once more")
     tool_texts: str = option(f"{TINY}/tools.jsonl", "tool rows: a .jsonl file or a dataset")
     plain_texts: str = option(f"{TINY}/text.jsonl", "rows of plain text, likewise")
-    n_texts: int = option(3000, "training texts of each of the two kinds")
+    n_texts: int = option(3000, "training texts of each of the two kinds, at most")
     layer: int = option(2, "vectors are the output of this block, counted from 0")
     max_new: int = option(64, "longest answer of the evaluation, in tokens")
 
-    dict: int = option(512, "latents L")
+    dict: int = option(512, "latents L: the dictionary's size")
     k: int = option(8, "active latents per pair of vectors")
     excl: float = option(.1, "A-exclusive share of the latents; 0 = the plain crosscoder")
     steps: int = option(1200, "training steps")
@@ -113,7 +114,7 @@ PRESETS = {  # the options that each stands for
     "paper": "--model-a chengq9/ToolRL-Qwen2.5-3B --model-b Qwen/Qwen2.5-3B --n-texts 40000 "
              "--tool-texts emrecanacikgoz/ToolRL --plain-texts HuggingFaceFW/fineweb:sample-10BT "
              "--layer 13 --max-new 512 --dict 8192 --k 45 --steps 9000 --batch 1024 --lr 1e-4"}
-RECIPES = {
+RECIPES = {  # likewise; what no option can say is where `recipe` or `published` stands below
     "dfc": "",
     "paper": "--no-tie-shared --l1-shared 1e-3 --l1-excl 1e-3"}
 
@@ -164,7 +165,7 @@ class Crosscoder(nn.Module):
 
     @torch.no_grad()
     def confine(self, W_enc, W_dec):
-        """In place, of the weights before training and of their gradients in each step: what may
+        """In place, on the weights before training and on their gradients in each step: what may
         not be read or written becomes zero, tied rows become their mean."""
         a, b = self.n_a, self.n_a + self.n_b
         W_enc[1, :, :a] = 0   # A-exclusive latents do not read B
@@ -212,7 +213,7 @@ class Crosscoder(nn.Module):
     def fair_start(self, x_BMD):
         """[b] Give the pre-activations of all partitions the same spread, that of the last one (the
         shared latents, if there are any). An exclusive latent reads one model where a shared one
-        reads two; drawn as published it is at first picked 9 to 28 times less often."""
+        reads two; drawn as published it is at first picked 5 to 40 times less often."""
         pre_BL = self.preactivate(self.normalise(x_BMD))
         parts = list(self.parts().values())
         spread = [pre_BL[:, part].std().clamp(min=1e-8) for part in parts]
@@ -240,9 +241,9 @@ def l1_penalty(mean_L, lambda_L, W_dec):
 
     Ours: a sum over latents, each weighed by the length of its row, or f could be shrunk for free
     by longer rows. lambda = 2e-5 makes it 1 to 10 % of the loss.
-    The paper: the sum of f. Its code: means over latents, where the exclusive term counts shared
-    ones once more; --recipe paper: the mean over all. With lambda = 1e-3 either is 0.1 % of the
-    loss."""
+    The paper's formula is the sum of f, its code takes the mean over latents, as --recipe paper
+    does. (There the exclusive term counts shared latents, too.) With lambda = 1e-3 that is 0.1 % of
+    the loss."""
     return (lambda_L * mean_L * W_dec.flatten(1).norm(dim=1)).sum()
 
 
@@ -255,9 +256,9 @@ def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
 
     z - zhat is detached: the dead learn from the error and do not push the living. Each partition
     has places of its own, or the many shared latents would win them all. A latent whose pre is
-    below 0 on the whole batch learns nothing in this step."""
+    below 0 on all of these vectors learns nothing in this step."""
     writes = {"A-exclusive": slice(0, 1), "B-exclusive": slice(1, 2), "shared": slice(0, 2)}
-    some = 1 + len(z_BMD) // 4  # the first quarter of a shuffled batch: the whole revived no more
+    some = 1 + len(z_BMD) // 4  # a quarter of the batch: the whole of it revived no more latents
     residual_BMD = (z_BMD - zhat_BMD).detach()[:some]
 
     total = z_BMD.new_zeros(())
@@ -291,10 +292,10 @@ def batches(n, batch, seed):
 
 def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, seed=0, recipe="dfc",
           aux=1 / 32, dead_after=100):
-    """Fit a crosscoder to raw vectors x_NMD on their device -> {term: share of the loss} over the
-    last tenth of the steps. l1_*: the lambdas; aux: weight of aux_loss; a latent silent for
-    dead_after steps counts as dead. recipe "paper": L1 as a mean over all latents, no revival,
-    constant rate. Raises ValueError where training diverges."""
+    """Fit a crosscoder, after fit_scale(), to raw vectors x_NMD on their device -> {term: share of
+    the loss} over the last tenth of the steps. l1_*: the lambdas; aux: weight of aux_loss; a latent
+    silent for dead_after steps counts as dead. recipe "paper": L1 as a mean over all latents, no
+    revival, constant rate. Raises ValueError where training diverges."""
     published = recipe == "paper"
     order = batches(len(x_NMD), batch, seed)
     bf16 = bf16_pays(x_NMD.device, len(cc.b_enc))  # for the product in (2) alone, in training
@@ -423,7 +424,8 @@ def residual_stream(model, ids_BT, layer):
 
 
 def batches_by_length(ids, most_tokens):
-    """Places of token lists, in batches of like length with at most most_tokens when padded."""
+    """Places of token lists, in batches of like length with at most most_tokens when padded; a
+    longer list is a batch of its own."""
     batch = []
     for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
         if batch and (len(batch) + 1) * len(ids[i]) > most_tokens:
@@ -511,9 +513,9 @@ def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", 
 
 
 def tool_prompts(rows, tokenizer, n, seed):
-    """n texts. [g] Half are whole prompts: they end where latents are ranked and patched, which no
-    text of the published mix does. Half are prompts with their answers, cut at a random blank. Rows
-    are used again where they are too few."""
+    """n texts. [g] Half are whole prompts: they end at the token at which eval_toolcall.py and
+    steer.py look and patch, which no text of the published mix does. Half are prompts with their
+    answers, cut at a random blank. Rows are used again where they are too few."""
     dialogues = read_dialogues(rows, tokenizer)
     texts = [prompt for prompt, _ in islice(cycle(dialogues), n // 2)]
 
@@ -527,7 +529,7 @@ def tool_prompts(rows, tokenizer, n, seed):
 
 
 def tool_chunks(rows, tokenizer, n):
-    """The first n ends of chunks of prompts with their answers, as published."""
+    """The first n chunks of prompts with their answers, as published."""
     pieces = []
     for prompt, answer in read_dialogues(rows, tokenizer):
         pieces += chunks(f"{prompt}\n{answer}", tokenizer)
@@ -580,7 +582,7 @@ def plain_chunks(name, tokenizer, split, n, cache):
 
 
 def chunks(text, tokenizer, size=30):
-    """Pieces of `size` tokens or a little more that end where a sentence does (paper section 3,
+    """Pieces of `size` tokens or more that end where a sentence does (paper section 3,
     data); a shorter rest is left out, unless it is all there is."""
     pieces = []
     piece = []
@@ -601,7 +603,8 @@ def chunks(text, tokenizer, size=30):
 def read_rows(name, names, stream=False):
     """Yields rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name"
     or "owner/name:config"; stream: without a copy on the disk. A row in which one of the texts is
-    null is left out, and counted. Raises ValueError naming file and row, OSError."""
+    null is left out, and counted where all rows are read. Raises ValueError naming file and row
+    (blank lines are none), OSError."""
     rows = open_rows(name, stream)
     done = 0
     left_out = 0
@@ -680,7 +683,7 @@ def parse_args(argv=None):
                 s.out += f"-{f.name}{Path(str(asked[f.name])).name}"
 
     if min(s.n_texts, s.steps, s.batch) < 1 or not 0 <= s.seed < 2 ** 31:
-        raise ValueError("--n-texts, --steps, --batch must be 1 or more, --seed from 0 to 2^31")
+        raise ValueError("--n-texts, --steps, --batch must be 1 or more, --seed from 0 to 2^31 - 1")
     Crosscoder(1, s.dict, s.k, s.n_a, s.n_b)  # sizes that do not fit raise here already
     return s
 
@@ -705,7 +708,7 @@ def train_run(s, device):
     cc.fit_scale(x_NMD)
     if s.recipe == "paper":
         # a scale for each coordinate (published: and for each corpus, which one crosscoder cannot
-        # keep), and an encoder drawn for itself, with the spread of ours
+        # keep), and an encoder drawn for itself, with the spread of ours, zeros and all
         cc.scale *= cc.normalise(x_NMD).std(0).clamp(min=1e-6)
         cc.W_enc.data.normal_(std=cc.W_enc.std().item())
     else:
@@ -719,7 +722,7 @@ def train_run(s, device):
         "loss": loss,
         "config": asdict(s),
         "device": device,
-        "bf16": has_bf16(device),  # else models and products were in fp32
+        "bf16": has_bf16(device),  # the device's; else models and products were in fp32
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     with atomically(Path(s.out)) as folder:
@@ -735,8 +738,7 @@ def measure(cc, x_NMD, dev_NMD):
     active_L = sum((cc.encode(x_BMD) > 0).sum(0) for x_BMD in x_NMD.split(1024))
     fires_L = active_L / len(x_NMD)
 
-    explained = dict(zip("AB", fve(dev_NMD.float(), xhat_NMD).tolist()))
-    out = {"fve": explained, "l0": {}, "live": {}}
+    out = {"fve": dict(zip("AB", fve(dev_NMD.float(), xhat_NMD).tolist())), "l0": {}, "live": {}}
     for name, part in cc.parts().items():
         out["l0"][name] = fires_L[part].sum().item()
         out["live"][name] = (fires_L[part] > 0).float().mean().item()
@@ -745,7 +747,8 @@ def measure(cc, x_NMD, dev_NMD):
 
 def main(argv=None):
     s = parse_args(argv)
-    if not Path(s.out).exists():
+    found = Path(s.out).exists()
+    if not found:
         train_run(s, "cuda" if torch.cuda.is_available() else "cpu")
     metrics = read_metrics(s.out)  # nothing but a run of ours is ever taken for one
     other = [name for name, value in asdict(s).items()
@@ -758,7 +761,8 @@ def main(argv=None):
     for name, text in lines.items():
         values = "".join(f"{key} {value:.4g}   " for key, value in metrics[name].items())
         print(f"{name:8s}{values}{text}")
-    print(f"saved   {s.out}; next: python eval_toolcall.py {s.out}, python steer.py {s.out}")
+    state = "found, not trained again:" if found else "saved  "
+    print(f"{state} {s.out}; next: python eval_toolcall.py {s.out}, python steer.py {s.out}")
 
 
 # ---- 7. Plumbing: what a reader of the method may skip -------------------------------------------
@@ -776,9 +780,9 @@ def has_bf16(device):
 
 
 def bf16_pays(device, n_latents):
-    """Whether the encoder's product is computed in bf16: on CUDA; elsewhere for a large dictionary
-    alone. A small one must not depend on the kind of CPU."""
-    return has_bf16(device) and (device.type == "cuda" or n_latents >= 4096)
+    """Whether the encoder's product is computed in bf16: for a large dictionary alone. The training
+    of a small one must not depend on the kind of device."""
+    return has_bf16(device) and n_latents >= 4096
 
 
 @contextlib.contextmanager
@@ -863,7 +867,7 @@ def cli(main, argv=None):
         os.environ |= {"DATASETS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     try:
         return main(argv)
-    except (ValueError, OSError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
         cause = e
