@@ -29,9 +29,9 @@ D residual width, L latents, k active ones, T tokens, E = M D (a pair laid end t
     python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
 
 Where we leave the paper is marked, with the reason: [a] shared latents are tied, [b] all latents
-start with equal chances, [c] mean and scale are kept, [d] L1 is a sum, [e] dead latents are
-revived, [f] the learning rate falls, [g] whole prompts are among the texts. --recipe paper undoes
-all but [c]. Sections 1 to 4 are the method.
+start with equal chances, [c] mean and scale are kept, one scale a model, [d] L1 is a sum, [e] dead
+latents are revived, [f] the learning rate falls, [g] whole prompts are among the texts. --recipe
+paper undoes all of it, but keeps mean and scale. Sections 1 to 4 are the method.
 """
 
 import argparse
@@ -213,7 +213,8 @@ class Crosscoder(nn.Module):
     def fair_start(self, x_BMD):
         """[b] Give the pre-activations of all partitions the same spread, that of the last one (the
         shared latents, if there are any). An exclusive latent reads one model where a shared one
-        reads two; drawn as published it is at first picked 5 to 40 times less often."""
+        reads two; drawn as published it is at first picked less often, several to dozens of
+        times."""
         pre_BL = self.preactivate(self.normalise(x_BMD))
         parts = list(self.parts().values())
         spread = [pre_BL[:, part].std().clamp(min=1e-8) for part in parts]
@@ -241,8 +242,8 @@ def l1_penalty(mean_L, lambda_L, W_dec):
 
     Ours: a sum over latents, each weighed by the length of its row, or f could be shrunk for free
     by longer rows. lambda = 2e-5 makes it 1 to 10 % of the loss.
-    The paper's formula is the sum of f, its code takes the mean over latents, as --recipe paper
-    does. (There the exclusive term counts shared latents, too.) With lambda = 1e-3 that is 0.1 % of
+    The paper's formula is the sum of f. --recipe paper takes the mean over latents, as its code
+    does (where the exclusive term counts shared latents, too): with lambda = 1e-3 that is 0.1 % of
     the loss."""
     return (lambda_L * mean_L * W_dec.flatten(1).norm(dim=1)).sum()
 
@@ -582,8 +583,8 @@ def plain_chunks(name, tokenizer, split, n, cache):
 
 
 def chunks(text, tokenizer, size=30):
-    """Pieces of `size` tokens or more that end where a sentence does (paper section 3,
-    data); a shorter rest is left out, unless it is all there is."""
+    """Pieces of `size` tokens or more that end where a sentence does (paper section 3, data); a
+    shorter rest is left out, unless it is all there is."""
     pieces = []
     piece = []
     length = 0
@@ -604,7 +605,7 @@ def read_rows(name, names, stream=False):
     """Yields rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name"
     or "owner/name:config"; stream: without a copy on the disk. A row in which one of the texts is
     null is left out, and counted where all rows are read. Raises ValueError naming file and row
-    (blank lines are none), OSError."""
+    (blank lines are not counted), OSError."""
     rows = open_rows(name, stream)
     done = 0
     left_out = 0

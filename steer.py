@@ -611,10 +611,10 @@ def control_cell(changes):
 
 
 def margin_cell(margins):
-    """The margin that decides, that which reaches lowest."""
+    """The margin over the strongest control."""
     if not margins:
         return "-"
-    smallest = min(margins.values(), key=lambda margin: margin["lo"])
+    smallest = min(margins.values(), key=lambda margin: margin["pp"])
     return "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**smallest)
 
 

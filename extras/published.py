@@ -89,16 +89,16 @@ def main(argv=None):
     if Path(s.out).exists():
         raise ValueError(f"{s.out} is there already: give another --out")
 
-    # both models' vectors of tool texts: training texts as published, dev texts as in dfc.py
+    # both models' vectors of tool texts, chunks as published
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = Path(s.out).parent / "cache"
     tokenizer = dfc.load_tokenizer(s.model_a, s.model_b)
+    rows = list(dfc.read_rows(s.tool_texts, dfc.TOOL_ROW))
     vectors = {}  # {split: x_NMD}
-    for split, recipe in (("train", "paper"), ("dev", "dfc")):
-        tool_texts, _ = dfc.load_texts(
-            s.tool_texts, s.plain_texts, tokenizer, split, 300, cache, recipe)
-        vectors[split] = dfc.collect_pair(
-            s.model_a, s.model_b, tool_texts, s.layer, cache, device)
+    for split in ("train", "dev"):
+        texts = dfc.tool_chunks(
+            [row for row in rows if dfc.split_of(row) == split], tokenizer, 300)
+        vectors[split] = dfc.collect_pair(s.model_a, s.model_b, texts, s.layer, cache, device)
     with dfc.errors_about(f"{args.name} with {s.model_a}"):  # their widths may differ
         cc.fit_scale(vectors["train"])
         cc.scale *= cc.normalise(vectors["train"]).std(0).clamp(min=1e-6)  # of each coordinate

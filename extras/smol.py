@@ -203,7 +203,7 @@ def train_base(steps=140, lr=2e-3, n_rows=16, n_plain=8):
     plain = [row["text"] for row in rows if split_of(row) == "train"]
 
     curve = ADAPTERS / "base_curve.jsonl"
-    forget("base_curve.jsonl", "early", "toolrl")  # of a run that was stopped, or of another base
+    forget(curve, "early", "toolrl")  # of a run that was stopped, or of another base
 
     for step in tqdm(range(steps), "base", disable=None):
         rng = random.Random(f"smol/base/{step}")
@@ -223,7 +223,7 @@ def train_base(steps=140, lr=2e-3, n_rows=16, n_plain=8):
 
 def forget(curve, *names):
     """Delete a curve and adapters."""
-    Path(ADAPTERS, curve).unlink(missing_ok=True)
+    curve.unlink(missing_ok=True)
     for name in names:
         shutil.rmtree(ADAPTERS / name, ignore_errors=True)
 
@@ -265,7 +265,7 @@ def train_rl(steps=50, lr=2e-4, kl_weight=3., n_rows=8, look_every=5):
 
     # early, A and the curve are of one run: what a stopped one has left goes
     curve = ADAPTERS / "rl_curve.jsonl"
-    forget("rl_curve.jsonl", "early", "toolrl")
+    forget(curve, "early", "toolrl")
 
     has_early = False
     for step in tqdm(range(1, steps + 1), "RL", disable=None):
@@ -374,12 +374,13 @@ def make_pair():
 
     if not (HOME / "plain.jsonl").exists():
         write_plain_texts(tok, HOME / "plain.jsonl")
-    for name, below, learn in (("base", "original", train_base), ("toolrl", "base", train_rl),
-                               ("early", "base", train_rl)):
+    below = {"base": "original", "toolrl": "base", "early": "base"}  # what each is learned from
+    for name in below:
         if not (ADAPTERS / name).exists():
-            learn()
+            (train_base if name == "base" else train_rl)()
         if not (HOME / name).exists():
-            save_model(merged(with_adapter(below, ADAPTERS / name)), tok, HOME / name)
+            save_model(merged(with_adapter(below[name], ADAPTERS / name)), tok, HOME / name)
+    for name in below:
         if modified(HOME / name) < modified(ADAPTERS / name):
             raise ValueError(f"{HOME / name} was made of another adapter: delete {HOME}")
 

@@ -98,8 +98,7 @@ def read(folders):
 
     if not runs:
         raise ValueError("no evaluated run: bash run_sweep.sh")
-    settings = {(run["name"], run["seed"]) for run in runs}
-    if len(settings) < len(runs):
+    if len({(run["name"], run["seed"]) for run in runs}) < len(runs):
         raise ValueError("a setting (the folder's name) stands twice with the same seed")
     for key in SAME:
         if len({run[key] for run in runs}) > 1:

@@ -83,7 +83,7 @@ def fit(x_NMD, share=.1, tied=False, L=96, k=4, steps=1200, seed=0, recipe="dfc"
     n_exclusive = int(share * L)
     cc = Crosscoder(x_NMD.shape[2], L, k, n_exclusive, n_exclusive, tied)
 
-    # start, as dfc.py does under each recipe; one scale a model does, for coordinates are alike here
+    # start, as dfc.py does under each recipe; one scale a model does: coordinates are alike
     cc.fit_scale(x_NMD)
     if recipe == "paper":  # encoder and decoder drawn independently
         cc.W_enc.data.normal_(std=cc.W_enc.std().item())
