@@ -202,19 +202,22 @@ class Crosscoder(nn.Module):
         return self.decode(f_BL), f_BL
 
     @torch.no_grad()
-    def fit_scale(self, x_NMD):
+    def fit_scale(self, x_NMD, each=False):
         """[c] Keep the training vectors' mean and root mean square, so that encode() takes and
         decode() returns raw activations. Published, both are lost before the evaluation. One scale
-        for all coordinates of a model: directions stay as they are."""
+        for all coordinates of a model: directions stay as they are. each: one for each coordinate,
+        as published (there of each corpus apart, which one crosscoder cannot keep)."""
         self.mean.copy_(x_NMD.float().mean(0))
         self.scale.copy_((x_NMD - self.mean).pow(2).mean((0, 2))[:, None].sqrt())
+        if each:
+            self.scale *= self.normalise(x_NMD).std(0).clamp(min=1e-6)
 
     @torch.no_grad()
     def fair_start(self, x_BMD):
         """[b] Give the pre-activations of all partitions the same spread, that of the last one (the
         shared latents, if there are any). An exclusive latent reads one model where a shared one
-        reads two; drawn as published it is at first picked less often, several to dozens of
-        times."""
+        reads two; drawn as published it is at first picked less often, by a factor of several or
+        of dozens."""
         pre_BL = self.preactivate(self.normalise(x_BMD))
         parts = list(self.parts().values())
         spread = [pre_BL[:, part].std().clamp(min=1e-8) for part in parts]
@@ -242,8 +245,8 @@ def l1_penalty(mean_L, lambda_L, W_dec):
 
     Ours: a sum over latents, each weighed by the length of its row, or f could be shrunk for free
     by longer rows. lambda = 2e-5 makes it 1 to 10 % of the loss.
-    The paper's formula is the sum of f. --recipe paper takes the mean over latents, as its code
-    does (where the exclusive term counts shared latents, too): with lambda = 1e-3 that is 0.1 % of
+    The paper's formula is the sum of f. --recipe paper takes the mean over latents, as the authors'
+    code does (whose exclusive term counts shared latents, too): with lambda = 1e-3 that is 0.1 % of
     the loss."""
     return (lambda_L * mean_L * W_dec.flatten(1).norm(dim=1)).sum()
 
@@ -299,7 +302,9 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
     revival, constant rate. Raises ValueError where training diverges."""
     published = recipe == "paper"
     order = batches(len(x_NMD), batch, seed)
-    bf16 = bf16_pays(x_NMD.device, len(cc.b_enc))  # for the product in (2) alone, in training
+    # bf16 is for the product in (2) alone, in training, and for large dictionaries: the training of
+    # a small one must not depend on the kind of device
+    bf16 = has_bf16(x_NMD.device) and len(cc.b_enc) >= 4096
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
     cc.confine(cc.W_enc, cc.W_dec)  # in case the weights were drawn anew
 
@@ -706,11 +711,8 @@ def train_run(s, device):
     # 2. train
     torch.manual_seed(s.seed)
     cc = Crosscoder(x_NMD.shape[2], s.dict, s.k, s.n_a, s.n_b, s.tie_shared).to(device)
-    cc.fit_scale(x_NMD)
-    if s.recipe == "paper":
-        # a scale for each coordinate (published: and for each corpus, which one crosscoder cannot
-        # keep), and an encoder drawn for itself, with the spread of ours, zeros and all
-        cc.scale *= cc.normalise(x_NMD).std(0).clamp(min=1e-6)
+    cc.fit_scale(x_NMD, each=s.recipe == "paper")
+    if s.recipe == "paper":  # an encoder drawn for itself, with the spread of ours, zeros and all
         cc.W_enc.data.normal_(std=cc.W_enc.std().item())
     else:
         cc.fair_start(x_NMD[next(batches(len(x_NMD), 4096, s.seed))])
@@ -778,12 +780,6 @@ def has_bf16(device):
     """Whether the device multiplies in bf16: CUDA does, and some CPUs."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # old torch does not tell
     return torch.device(device).type == "cuda" or bool(known.get("avx512_bf16"))
-
-
-def bf16_pays(device, n_latents):
-    """Whether the encoder's product is computed in bf16: for a large dictionary alone. The training
-    of a small one must not depend on the kind of device."""
-    return has_bf16(device) and n_latents >= 4096
 
 
 @contextlib.contextmanager

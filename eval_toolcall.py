@@ -250,6 +250,11 @@ def tool_names(text):
     return re.findall(r"^[ \t]*\d+\.[ \t]*Name:[ \t]*(\S.*?)\s*$", text, re.MULTILINE)
 
 
+def listed_tools(row):
+    """The names of the tools that a row's instruction lists; none where it has no instruction."""
+    return tool_names(str(row.get("instruction") or ""))
+
+
 def score(output, row):
     """{score: value} of one answer to a tool row; pure."""
     gold = row["output"]
@@ -270,7 +275,7 @@ def score(output, row):
     correct = toolrl_correctness(output, gold)
 
     # the paper's rubric
-    tools = [tool.lower() for tool in tool_names(str(row.get("instruction") or ""))]
+    tools = [tool.lower() for tool in listed_tools(row)]
     named = re.findall(r'"name"\s*:\s*"([^"]*)"', output.lower())
     first = named[0] if named else ""
     paper_format = int("<tool_call>" in output and bool(named))
@@ -335,13 +340,13 @@ def totals(scores, rows):
 
 def chance(rows, seed=0):
     """{line: totals} of three answers that never read the question, on the rows that list tools."""
-    rows = [row for row in rows if tool_names(str(row.get("instruction") or ""))]
+    rows = [row for row in rows if listed_tools(row)]
     if not rows:
         return {}
     rng = random.Random(seed)
     lines = {"first tool with {}": [], "random tool with {}": [], "always a response": []}
     for row in rows:
-        names = tool_names(row["instruction"])
+        names = listed_tools(row)
         lines["first tool with {}"].append(empty_call(names[0]))
         lines["random tool with {}"].append(empty_call(rng.choice(names)))
         lines["always a response"].append("<think> . </think>\n<response> Yes. </response>")
@@ -707,7 +712,7 @@ def score_file(name):
     check_call_format(rows)
     print(f"{len(all_rows) - len(rows)} of {len(all_rows)} rows left out: gold unreadable")
     print(describe(rows))
-    listing = sum(bool(tool_names(str(row.get("instruction")))) for row in rows)
+    listing = sum(bool(listed_tools(row)) for row in rows)
     if listing < len(rows):
         print(f"{listing} rows have an instruction that lists tools: of these alone are the chance "
               "lines, and on the others paper_tool is 0")

@@ -96,18 +96,16 @@ def scaled(k, n_a, n_b):
     return cc
 
 
-def fit(cc, x_NMD):
+def fit(cc, x_NMD, steps=30):
     cc.fit_scale(x_NMD)
     cc.fair_start(x_NMD)
-    return dfc.train(cc, x_NMD, 30, batch=64, lr=1e-2, dead_after=2)
+    return dfc.train(cc, x_NMD, steps, batch=64, lr=1e-2, dead_after=2)
 
 
 def slow_forward(cc, x_MD):
     """(1) to (4) for one pair, a latent at a time -> (xhat_MD, f_L)."""
     z_MD = (x_MD - cc.mean) / cc.scale
-    pre = []
-    for l in range(len(cc.b_enc)):
-        pre.append(float((z_MD * cc.W_enc[:, :, l]).sum() + cc.b_enc[l]))
+    pre = [float((z_MD * cc.W_enc[:, :, l]).sum() + b) for l, b in enumerate(cc.b_enc)]
 
     best = sorted(pre)[-cc.k:]
     f_L = torch.tensor([p if p in best and p > 0 else 0. for p in pre])
@@ -179,7 +177,7 @@ def test_exclusive_latents_never_touch_the_other_model(n_a, n_b, tied):
 def test_a_fair_start_gives_every_partition_the_same_spread():
     cc = dfc.Crosscoder(32, 600, 8, 200, 200, True)
     x_NMD = torch.randn(1000, 2, 32)
-    x_NMD[:, 1] += x_NMD[:, 0]  # they are alike
+    x_NMD[:, 1] += 2 * x_NMD[:, 0]  # they are alike
 
     cc.fit_scale(x_NMD)
     cc.fair_start(x_NMD)
@@ -583,7 +581,7 @@ def is_specific(row):
 def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp_path):
     cc = small(tied=True)
     x_NMD = torch.randn(400, 2, 8) * torch.tensor([[.05], [90.]]) + 7
-    fit(cc, x_NMD)
+    fit(cc, x_NMD, 300)
     dfc.save(cc, tmp_path / "run")
 
     again = dfc.load(str(tmp_path / "run"))
@@ -600,7 +598,9 @@ def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp
     z_NMD = again.normalise(x_NMD)
     assert z_NMD.mean(0).abs().max() < 1e-3
     assert close(z_NMD.pow(2).mean((0, 2)), torch.ones(2), 1e-3)
-    assert torch.equal(again(x_NMD)[0], cc(x_NMD)[0])
+    xhat_NMD, _ = again(x_NMD)
+    assert torch.equal(xhat_NMD, cc(x_NMD)[0])
+    assert dfc.fve(x_NMD, xhat_NMD).min() > .5
 
 
 def test_cut_and_foreign_crosscoders_are_refused(tmp_path):
@@ -727,7 +727,7 @@ def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_e
     assert call(dfc, *flags) == 0
     done = files(tmp_path)
     assert call(dfc, *flags) == 0
-    assert call(dfc, *flags, "--k", 4) == 2
+    assert call(dfc, *flags, "--k=4") == 2
     assert files(tmp_path) == done
 
     # the world's run has seed 0
@@ -738,7 +738,7 @@ def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_e
 def test_trained_as_published_each_coordinate_has_a_scale(world):
     run = world.home / "paper"
 
-    assert call(dfc, *world.flags, "--recipe", "paper", "--steps", 1, "--out", run) == 0
+    assert call(dfc, *world.flags, "--recipe=paper", "--steps=1", "--out", run) == 0
 
     assert dfc.load(run).scale.std(1).all()
 
@@ -1037,7 +1037,8 @@ def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
     assert call(ev, "--score", tmp_path / "a.jsonl") == 0
 
     out = capsys.readouterr().out  # exact, called, toolrl, paper; exact and false calls
-    assert re.search(r"a.jsonl +50.0 +50.0 +0.50 +50.0 +100.0 +0.0\n", out)
+    assert re.search(r"\n2 rows have an instruction[^+]*"
+                     r"a.jsonl +50.0 +50.0 +0.50 +50.0 +100.0 +0.0\n", out)
     assert out.count("\nchance: ") == 3
 
 
@@ -1302,11 +1303,12 @@ def test_delta_is_the_formula_alpha_one_the_identity_and_alpha_zero_takes_away()
 
 def test_controls_are_other_live_latents_the_best_first_and_differences_of_means(
         run, survey, latents, slow_x):
-    cc = run.cc
+    cc = copy.deepcopy(run.cc)
     f_NL = cc.encode(torch.cat(list(slow_x.values())))
     d_L = steer.cohens_d(cc.encode(slow_x["needs"]), cc.encode(slow_x["none"]))
     others = [l for l in range(cc.n_a) if f_NL[:, l].any() and l not in latents]
     best = max(others, key=lambda l: d_L[l])
+    cc.scale.uniform_(1, 2)  # directions are those of raw units
     rows_nD = F.normalize(cc.W_dec[others, 0] * cc.scale[0], dim=1)
     a_D, b_D = slow_x["needs"].mean(0)
     none_D = slow_x["none"][:, 0].mean(0)
@@ -1451,7 +1453,7 @@ def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_less_false_ca
 def metrics(world):
     """Of the world's run, evaluated and steered."""
     assert call(ev, world.run) == 0
-    assert call(steer, world.run, "--rows", 1, "--thorough") == 0
+    assert call(steer, world.run, "--rows=1", "--thorough") == 0
     return dfc.read_metrics(world.run)
 
 
@@ -1462,8 +1464,7 @@ def test_a_run_is_evaluated_and_keeps_every_answer_and_total(world, metrics):
     for m, versions in metrics["evaluation"]["models"].items():
         for name, total in versions.items():
             said = [answer[m][name] for answer in answers]
-            for group, slow in totals_of(said, rows).items():
-                assert total[group] == slow
+            assert total.items() >= totals_of(said, rows).items()
 
             if name != "clean":
                 before = versions["clean"]["needs"]["exact"]["pct"]
@@ -1494,8 +1495,8 @@ def test_a_run_is_steered_and_keeps_every_answer_and_claim(world, metrics):
     assert len(lines) == 5
     assert len(steering["plain_text"]["random"]) == 10
     assert 0 < sum(metrics["l0"].values()) < 8.01
-    columns = "cohens_d,auroc,fire_rate_tool,fire_rate_nontool"
-    assert columns in (world.run / "ranking.csv").read_text()
+    assert "cohens_d,auroc,fire_rate_tool,fire_rate_nontool" in (
+        world.run / "ranking.csv").read_text()
 
 
 def test_the_table_of_a_sweep_has_the_published_figures_beside_ours(world, metrics, capsys):
@@ -1526,8 +1527,7 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
     # where the latent fires in the clean one
     ids_1T = torch.tensor([dfc.token_ids(run.tokenizer, prompt.removesuffix("<think>") + clean)])
     x = [dfc.residual_stream(model, ids_1T, layer)[0] for model in run.models.values()]
-    f_TL = run.cc.encode(torch.stack(x, 1))
-    f_T = f_TL[:, latents[0]]
+    f_T = run.cc.encode(torch.stack(x, 1))[:, latents[0]]
     fires = {i: f for i, f in enumerate(f_T.tolist(), 1) if f > 0}
     shown = re.findall(r"^ *(\d+) +['\"].* ([\d.]+)$", out, re.MULTILINE)
     assert fires
@@ -1541,7 +1541,7 @@ def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
     monkeypatch.setitem(dfc.PRESETS, "tiny", f"--tool-texts {world.rows}")
     theirs = publish("theirs/dfc-D8k", D=128, n=n, k=16)
 
-    assert call(published, "theirs/dfc-D8k", "--preset", "tiny") == 0
+    assert call(published, "theirs/dfc-D8k", "--preset=tiny") == 0
 
     folder = Path("runs/theirs--dfc-D8k")
     ours = dfc.load(folder)
@@ -1551,7 +1551,7 @@ def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
     assert torch.equal(ours.W_enc, theirs.W_enc)
     assert ours.scale.std(1).all()  # fitted again, for each coordinate
     if n > 0:
-        assert call(ev, folder, "--rows", 1) == 0
+        assert call(ev, folder, "--rows=1") == 0
         assert "reconstruction, raw" in (folder / "metrics.json").read_text()
 
 
@@ -1623,11 +1623,12 @@ def test_each_exercise_fails_as_it_stands_and_passes_with_its_solution():
 GENERATE = """generate batches_by_length token_ids answer_prefix hooked end_tokens pad_left prefill
     answer_versions decode_greedily cache_argument"""
 SCORE = """score parse_calls parse_block parameters_of as_number after_thought Parsed responds
-    toolrl_format toolrl_correctness first_block match jaccard tool_names"""
+    toolrl_format toolrl_correctness first_block match jaccard tool_names
+    listed_tools"""
 PIECES = {  # a piece and what to copy with it: an example
     "Crosscoder keep_largest":
         "Crosscoder(16, 32, 5, 4, 3, True)(x)",
-    "train batches bf16_pays has_bf16 keep_largest decode_active l1_penalty aux_loss schedule":
+    "train batches has_bf16 keep_largest decode_active l1_penalty aux_loss schedule":
         "train(cc.requires_grad_(), x, 9, 16, 1e-2, dead_after=2), cc.W_enc",
     "fve":
         "fve(x, cc(x)[0])",

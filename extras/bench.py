@@ -150,14 +150,14 @@ def whole_runs(s, sample=20):
     published = published_training(*size, sample)
 
     precisions = ["bf16", "fp32"]
-    if not dfc.bf16_pays(x_NMD.device, s.dict):
+    if not dfc.has_bf16(x_NMD.device):
         precisions.remove("bf16")
 
     published()  # warms up
     samples = [seconds(published)]
     times = {}
     for precision in precisions:
-        with mock.patch.object(dfc, "bf16_pays", return_value=precision == "bf16"):
+        with mock.patch.object(dfc, "has_bf16", return_value=precision == "bf16"):
             times[precision] = seconds(lambda: our_training(*size, s.steps)())
         samples.append(seconds(published))
 

@@ -100,8 +100,7 @@ def main(argv=None):
             [row for row in rows if dfc.split_of(row) == split], tokenizer, 300)
         vectors[split] = dfc.collect_pair(s.model_a, s.model_b, texts, s.layer, cache, device)
     with dfc.errors_about(f"{args.name} with {s.model_a}"):  # their widths may differ
-        cc.fit_scale(vectors["train"])
-        cc.scale *= cc.normalise(vectors["train"]).std(0).clamp(min=1e-6)  # of each coordinate
+        cc.fit_scale(vectors["train"], each=True)
 
     metrics = {**dfc.measure(cc, vectors["train"], vectors["dev"]), "config": asdict(s),
                "crosscoder": args.name, "loss": {}}  # nobody wrote the loss down

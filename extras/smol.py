@@ -374,13 +374,19 @@ def make_pair():
 
     if not (HOME / "plain.jsonl").exists():
         write_plain_texts(tok, HOME / "plain.jsonl")
-    below = {"base": "original", "toolrl": "base", "early": "base"}  # what each is learned from
-    for name in below:
+    models = {  # name: what it is learned from, and how
+        "base": ("original", train_base),
+        "toolrl": ("base", train_rl),
+        "early": ("base", train_rl),
+    }
+    for name, (below, learn) in models.items():
         if not (ADAPTERS / name).exists():
-            (train_base if name == "base" else train_rl)()
+            learn()
         if not (HOME / name).exists():
-            save_model(merged(with_adapter(below[name], ADAPTERS / name)), tok, HOME / name)
-    for name in below:
+            save_model(merged(with_adapter(below, ADAPTERS / name)), tok, HOME / name)
+
+    # learning early's adapter makes A's anew: hence after all
+    for name in models:
         if modified(HOME / name) < modified(ADAPTERS / name):
             raise ValueError(f"{HOME / name} was made of another adapter: delete {HOME}")
 
