@@ -1,182 +1,142 @@
-"""dfc: what did reinforcement learning add to a model? Ask a Dedicated Feature Crosscoder.
+"""dfc: what did reinforcement learning add to a language model? Train a crosscoder and look.
 
-Model A is an RL-tuned language model that calls tools, B the frozen base it came from. Run both
-over the same texts, take the residual stream at one layer, and learn ONE sparse dictionary for the
-pair. Some latents may read and write A only, some (by default none) B only, the rest are shared and
-write the same into both: what RL added has to go through the A-exclusive ones. (arXiv 2606.26474;
-the DFC is from arXiv 2602.11729.)
+Model A is a language model that RL taught to call tools, B the frozen base it came from. Both read
+the same texts, and we record their residual streams at one layer. A crosscoder is one sparse
+dictionary that reconstructs both vectors of a pair. In a Dedicated Feature Crosscoder (DFC) some
+latents read and write A only, some B only, and the rest are shared. (Paper: arXiv 2606.26474. The
+DFC is from arXiv 2602.11729.)
 
-    z_m    = (x_m - mean_m) / scale_m                (1) one vector per model m, mean square 1;
-                                                         what the paper calls z is f here
-    pre    = sum_m z_m W_enc[m] + b_enc              (2) forbidden (m, latent) weights are zero
-    f      = the k largest of pre, if above 0        (3) all others are zero: relu, then top k
-    zhat_m = sum_l f_l W_dec[l, m] + b_dec[m]        (4) and xhat_m = zhat_m scale_m + mean_m
-    loss   = mean (z - zhat)^2                       (5)
-             + sum_l lambda_l f_l ||W_dec[l]||       (6) L1, in the form of [d]
-             + revival of dead latents               (7)
+    z_m    = (x_m - mean_m) / scale_m               (1) the normalised vector of model m
+    pre    = sum_m z_m W_enc[m] + b_enc             (2) forbidden (m, latent) weights are zero
+    f      = the k largest of pre, if positive      (3) all others are 0; the paper writes z for f
+    zhat_m = sum_l f_l W_dec[l, m] + b_dec[m]       (4) in raw units: zhat_m scale_m + mean_m
+    loss   = mean (z - zhat)^2                      (5)
+             + mean sum_l lambda_l f_l |W_dec[l]|   (6) L1 penalty; the length is over both models
+             + revive * aux                         (7) revival of dead latents, see aux_loss()
 
-    latents = [ A-exclusive: n_a | B-exclusive: n_b | shared ]     n = share * L, rounded down
-    n_a = n_b = 0 is the plain crosscoder; a share of 0.5 is two sparse autoencoders in one top k.
+    latents = [ A-exclusive: n_a | B-exclusive: n_b | shared ]
 
-Shapes, named by suffix (x_BMD): B vectors in a batch, N in all, M = 2 models (0 = A, 1 = B),
-D residual width, L latents, k active ones, T tokens, E = M D (a pair laid end to end).
+n_a = n_b = 0 is the plain crosscoder, the paper's baseline. n_a = n_b = L / 2 is two autoencoders
+that share the k places. Shapes are suffixes, as in x_BMD: B vectors of a batch, N in all, M = 2
+models (0 is A, 1 is B), D residual width, L latents, k active latents, T tokens.
 
-    python dfc.py                          # the embedded pair: half a minute on 2 CPU cores
-    python dfc.py --dict 8192 --k 45       # the paper's smaller dictionary on it: a minute
+    python dfc.py                          # the toy pair in tiny/: half a minute on an idle laptop
+    python dfc.py --dict 8192 --k 45       # with the paper's smaller dictionary: a minute
     python dfc.py --excl 0                 # the plain crosscoder
-    python dfc.py --recipe paper           # trained the published way, for comparison
+    python dfc.py --recipe paper           # trained as published
     python dfc.py --preset smol            # a real language model, made by extras/smol.py
-    python dfc.py --preset paper           # Qwen2.5-3B against ToolRL-Qwen2.5-3B (a GPU, the hub)
-
-Where we leave the paper is marked, with the reason: [a] shared latents are tied, [b] all latents
-start with equal chances, [c] mean and scale are kept, one scale a model, [d] L1 is a sum, [e] dead
-latents are revived, [f] the learning rate falls, [g] whole prompts are among the texts. --recipe
-paper undoes all of it, but keeps mean and scale. Sections 1 to 4 are the method.
+    python dfc.py --preset paper           # Qwen2.5-3B and ToolRL (a GPU, the Hugging Face hub)
 """
 
 import argparse
 import contextlib
 import hashlib
+import inspect
 import json
-import os
 import random
 import re
 import sys
 import tempfile
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from dataclasses import dataclass, fields
 from itertools import count, cycle, islice
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save_file
+from filelock import FileLock
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file, logging
-
-TINY = Path(__file__).resolve().parent / "tiny"  # the embedded pair
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file, find_adapter_config_file, logging
 
 
-# ---- 1. Settings ---------------------------------------------------------------------------------
-def option(default, text):
-    """A setting: its value for the embedded pair, and what it is."""
-    return field(default=default, metadata={"help": text})
+# ---- 1. The crosscoder ---------------------------------------------------------------------------
+class Partition(NamedTuple):
+    """Latents that read and write the same models."""
+
+    name: str       # "A-exclusive", "B-exclusive" or "shared"
+    latents: slice  # where they lie in the dictionary
+    models: slice   # which models they read and write
 
 
-@dataclass
-class Settings:
-    """All that a run depends on. Each is an option of dfc.py (n_texts is --n-texts) and is saved in
-    the run's metrics.json. Written here are the values of --preset tiny and --recipe dfc."""
+class Crosscoder(nn.Module, PyTorchModelHubMixin):
+    """A sparse dictionary for pairs of vectors (paper, Figure 1).
 
-    preset: str = option("tiny", "which models, texts, layer and sizes; smol's: extras/smol.py")
-    recipe: str = option("dfc", "how to train: as this file says (dfc), or as published (paper)")
-    out: str = option("", "run folder; none: runs/ and what was asked for")
+    The weights between an exclusive latent and the other model start at zero. confine() zeroes
+    their gradients, so they stay zero, and the forward pass needs no mask.
 
-    model_a: str = option(f"{TINY}/toolrl", "the RL-tuned model: a folder or a hub name")
-    model_b: str = option(f"{TINY}/base", "its base; for the null experiment A once more")
-    tool_texts: str = option(f"{TINY}/tools.jsonl", "tool rows: a .jsonl file or a dataset")
-    plain_texts: str = option(f"{TINY}/text.jsonl", "rows of plain text, likewise")
-    n_texts: int = option(3000, "training texts of each of the two kinds, at most")
-    layer: int = option(2, "vectors are the output of this block, counted from 0")
-    max_new: int = option(64, "longest answer of the evaluation, in tokens")
+    tied: a shared latent writes the same row into both models (--tie-shared). Untied, a difference
+    between A and B can hide in a shared latent, whose two rows may differ. Tied, it has to go
+    through exclusive latents. If B has none (n_b = 0), what only B has is written by a shared
+    latent and cancelled in A by an A-exclusive one. Without exclusive latents tied models could
+    differ by a constant only, so there `tied` has no effect.
 
-    dict: int = option(512, "latents L: the dictionary's size")
-    k: int = option(8, "active latents per pair of vectors")
-    excl: float = option(.1, "A-exclusive share of the latents; 0 = the plain crosscoder")
-    steps: int = option(1200, "training steps")
-    batch: int = option(512, "pairs of vectors in a step")
-    lr: float = option(1e-3, "highest learning rate of Adam")
-    seed: int = option(0, "of weights, texts and batches")
+    random_encoder: as published, the encoder is drawn apart from the decoder (--no-fair-start).
 
-    excl_b: float = option(0., "B-exclusive share; with --recipe paper as large as A's")
-    tie_shared: bool = option(True, "one decoder row for both models in shared latents")
-    l1_shared: float = option(2e-5, "lambda of shared latents, in (6)")
-    l1_excl: float = option(2e-5, "lambda of exclusive latents")
+    The hub's mixin gives save_pretrained() and from_pretrained(). They use model.safetensors and
+    config.json with the names and shapes of the authors' files, and two more: mean and scale."""
 
-    @property
-    def n_a(self):
-        return latents_in(self.excl, self.dict)
-
-    @property
-    def n_b(self):
-        return latents_in(self.excl_b, self.dict)
-
-
-PRESETS = {  # the options that each stands for
-    "tiny": "",
-    "smol": "--model-a runs/smollm2/toolrl --model-b runs/smollm2/base --n-texts 6000 "
-            "--plain-texts runs/smollm2/plain.jsonl --layer 28 --dict 1024 --k 16",
-    "paper": "--model-a chengq9/ToolRL-Qwen2.5-3B --model-b Qwen/Qwen2.5-3B --n-texts 40000 "
-             "--tool-texts emrecanacikgoz/ToolRL --plain-texts HuggingFaceFW/fineweb:sample-10BT "
-             "--layer 13 --max-new 512 --dict 8192 --k 45 --steps 9000 --batch 1024 --lr 1e-4"}
-RECIPES = {  # likewise; what no option can say is where `recipe` or `published` stands below
-    "dfc": "",
-    "paper": "--no-tie-shared --l1-shared 1e-3 --l1-excl 1e-3"}
-
-
-# ---- 2. The crosscoder ---------------------------------------------------------------------------
-class Crosscoder(nn.Module):
-    """A sparse dictionary over pairs of vectors, some latents confined to one model (Figure 1). The
-    forward pass needs no mask: forbidden weights begin at zero, confine() keeps their gradients at
-    zero, and so Adam leaves them there.
-
-    [a] tied: a shared latent writes one row into both models. Untied, a difference between A and B
-    can hide in a shared latent; tied and n_b = 0, it has nowhere to go but the A-exclusive ones."""
-
-    def __init__(self, d_model, n_latents, k, n_a=0, n_b=0, tied=False):
+    def __init__(self, activation_dim, dict_size, k, n_a=0, n_b=0, tied=False,
+                 random_encoder=False):
         super().__init__()
-        if not 1 <= k <= n_latents or min(n_a, n_b) < 0 or n_a + n_b > n_latents:
-            raise ValueError(f"k {k}, exclusive {n_a} + {n_b} do not fit into {n_latents} latents")
+        if not 1 <= k <= dict_size or n_a + n_b > dict_size:
+            raise ValueError(f"k {k}, exclusive {n_a} + {n_b} do not fit into {dict_size} latents")
         self.k = k
         self.n_a = n_a
         self.n_b = n_b
-        self.tied = tied
-        shared = slice(n_a + n_b, n_latents)
+        self.tied = tied and n_a + n_b > 0
+        shared = slice(n_a + n_b, dict_size)
 
         # decoder: random rows of length 1
-        W_dec = F.normalize(torch.randn(n_latents, 2, d_model), dim=-1)
-        if tied:
+        W_dec = F.normalize(torch.randn(dict_size, 2, activation_dim), dim=-1)
+        if self.tied:
             W_dec[shared] = W_dec[shared, :1]
 
-        # encoder [b]: a latent begins by reading what it writes. A shared one reads both models,
-        # so it is halved: pre = (z_A . row_A + z_B . row_B) / 2, the mean over the models. What
-        # is still unequal between the partitions, fair_start() makes equal
+        # encoder: a latent reads the direction that it writes. A shared latent reads it in two
+        # models and takes the mean, hence the half
         W_enc = W_dec.permute(1, 2, 0).contiguous()
         W_enc[..., shared] /= 2
-
         self.confine(W_enc, W_dec)
-        self.W_enc = nn.Parameter(W_enc)                             # (M, D, L)
-        self.b_enc = nn.Parameter(torch.zeros(n_latents))            # (L,)
-        self.W_dec = nn.Parameter(W_dec)                             # (L, M, D)
-        self.b_dec = nn.Parameter(torch.zeros(2, d_model))           # (M, D)
-        self.register_buffer("mean", torch.zeros(2, d_model))        # (M, D)
-        self.register_buffer("scale", torch.ones(2, d_model))        # (M, D)
+        if random_encoder:
+            W_enc.normal_(std=W_enc.std().item())
+            self.confine(W_enc, W_dec)
 
-    def parts(self):
-        """{name: slice of latents}, in the order in which they lie; empty ones are left out."""
-        a, b, end = self.n_a, self.n_a + self.n_b, len(self.b_enc)
-        parts = {"A-exclusive": slice(0, a), "B-exclusive": slice(a, b), "shared": slice(b, end)}
-        return {name: part for name, part in parts.items() if part.start < part.stop}
+        self.W_enc = nn.Parameter(W_enc)                             # (M, D, L)
+        self.b_enc = nn.Parameter(torch.zeros(dict_size))            # (L,)
+        self.W_dec = nn.Parameter(W_dec)                             # (L, M, D)
+        self.b_dec = nn.Parameter(torch.zeros(2, activation_dim))    # (M, D)
+        self.register_buffer("mean", torch.zeros(2, activation_dim))  # (M, D)
+        self.register_buffer("scale", torch.ones(2, activation_dim))  # (M, D)
+
+    def partitions(self):
+        """The partitions in the order in which they lie. Empty ones are left out."""
+        a, b = self.n_a, self.n_a + self.n_b
+        every = [
+            Partition("A-exclusive", slice(0, a), slice(0, 1)),
+            Partition("B-exclusive", slice(a, b), slice(1, 2)),
+            Partition("shared", slice(b, len(self.b_enc)), slice(0, 2)),
+        ]
+        return [part for part in every if part.latents.start < part.latents.stop]
 
     @torch.no_grad()
     def confine(self, W_enc, W_dec):
-        """In place, on the weights before training and on their gradients in each step: what may
-        not be read or written becomes zero, tied rows become their mean."""
+        """Zero, in place, what exclusive latents may not read or write, and replace the two rows of
+        a tied latent by their mean. For weights before training and for gradients in each step.
+        (The gradient of a tied row would be the sum of the two: Adam ignores the factor 2.)"""
         a, b = self.n_a, self.n_a + self.n_b
-        W_enc[1, :, :a] = 0   # A-exclusive latents do not read B
-        W_dec[:a, 1] = 0      # and do not write into it
-        W_enc[0, :, a:b] = 0  # nor do B-exclusive ones with A
-        W_dec[a:b, 0] = 0
+        W_enc[1, :, :a] = W_dec[:a, 1] = 0      # A-exclusive latents do not read or write B
+        W_enc[0, :, a:b] = W_dec[a:b, 0] = 0    # B-exclusive latents do not read or write A
         if self.tied:
             W_dec[b:] = W_dec[b:].mean(1, keepdim=True)
 
     def normalise(self, x_BMD):
-        """(1) Raw activations -> zero mean, mean square one per model."""
+        """(1) Raw vectors -> z_BMD."""
         return (x_BMD.float() - self.mean) / self.scale
 
     def preactivate(self, z_BMD):
@@ -184,109 +144,102 @@ class Crosscoder(nn.Module):
         return torch.addmm(self.b_enc, z_BMD.flatten(1), self.W_enc.flatten(0, 1))
 
     def encode(self, x_BMD):
-        """(1) to (3): raw activations -> f_BL, zero but for the k largest of each pair."""
+        """(1) to (3): raw vectors -> f_BL, zero but for the k largest of each pair."""
         pre_BL = self.preactivate(self.normalise(x_BMD))
         f_Bk, index_Bk = keep_largest(pre_BL, self.k)
         return torch.zeros_like(pre_BL).scatter(1, index_Bk, f_Bk)
 
-    def decode_normalised(self, f_BL):
-        """(4) f_BL -> zhat_BMD."""
-        return torch.einsum("bl,lmd->bmd", f_BL, self.W_dec) + self.b_dec
-
     def decode(self, f_BL):
-        """f_BL -> xhat_BMD in raw activation units."""
-        return self.decode_normalised(f_BL) * self.scale + self.mean
+        """(4) f_BL -> xhat_BMD in raw units."""
+        zhat_BMD = torch.einsum("bl,lmd->bmd", f_BL, self.W_dec) + self.b_dec
+        return zhat_BMD * self.scale + self.mean
 
     def forward(self, x_BMD):
         f_BL = self.encode(x_BMD)
         return self.decode(f_BL), f_BL
 
     @torch.no_grad()
-    def fit_scale(self, x_NMD, each=False):
-        """[c] Keep the training vectors' mean and root mean square, so that encode() takes and
-        decode() returns raw activations. Published, both are lost before the evaluation. One scale
-        for all coordinates of a model: directions stay as they are. each: one for each coordinate,
-        as published (there of each corpus apart, which one crosscoder cannot keep)."""
+    def fit_scale(self, x_NMD, scale="model"):
+        """Set mean and scale of (1) from the training vectors. They are saved with the weights, so
+        encode() takes raw vectors and decode() returns them. The published code saves neither, and
+        evaluates on vectors that are not normalised.
+
+        scale "model": one number for each model, its root mean square. Directions stay as they are.
+        scale "coordinate": one for each coordinate, as published (there, one for tool texts and
+        another for plain texts; a crosscoder can keep one)."""
         self.mean.copy_(x_NMD.float().mean(0))
         self.scale.copy_((x_NMD - self.mean).pow(2).mean((0, 2))[:, None].sqrt())
-        if each:
+        if scale == "coordinate":
             self.scale *= self.normalise(x_NMD).std(0).clamp(min=1e-6)
 
     @torch.no_grad()
     def fair_start(self, x_BMD):
-        """[b] Give the pre-activations of all partitions the same spread, that of the last one (the
-        shared latents, if there are any). An exclusive latent reads one model where a shared one
-        reads two; drawn as published it is at first picked less often, by a factor of several or
-        of dozens."""
+        """Scale the encoder until the pre-activations of all partitions have the same spread, that
+        of the last partition (the shared latents, if there are any).
+
+        An exclusive latent reads one model, a shared one two. With the published initialisation
+        exclusive latents are selected several to dozens of times less often at first, and many
+        never become active."""
         pre_BL = self.preactivate(self.normalise(x_BMD))
-        parts = list(self.parts().values())
-        spread = [pre_BL[:, part].std().clamp(min=1e-8) for part in parts]
-        for part, own in zip(parts, spread):
-            self.W_enc[..., part] *= spread[-1] / own
+        wanted = pre_BL[:, self.partitions()[-1].latents].std()
+        for part in self.partitions():
+            self.W_enc[..., part.latents] *= wanted / pre_BL[:, part.latents].std()
 
 
 def keep_largest(pre_BL, k):
-    """(3) The k largest of each row, none below zero: (f_Bk, index_Bk)."""
+    """(3) The k largest of each row, negative ones set to 0 -> (f_Bk, index_Bk)."""
     largest = pre_BL.topk(k, dim=-1, sorted=False)
     return largest.values.relu(), largest.indices
 
 
 def decode_active(f_Bk, index_Bk, W_dec):
-    """(4) less b_dec -> zhat_BMD. The same as decode_normalised(), but only the rows of the k
-    active latents are fetched and summed: L / k times less work."""
+    """(4) without b_dec -> zhat_BMD. Equal to the dense product over all latents, but it only
+    fetches the rows of the k active ones: L / k times less work."""
     zhat_BE = F.embedding_bag(
         index_Bk, W_dec.flatten(1), per_sample_weights=f_Bk.float(), mode="sum")
-    return zhat_BE.unflatten(1, W_dec.shape[1:])
+    return zhat_BE.unflatten(1, W_dec.shape[1:])  # E = M D, both models' vectors end to end
 
 
-# ---- 3. Losses and the training loop -------------------------------------------------------------
-def l1_penalty(mean_L, lambda_L, W_dec):
-    """(6), with mean_L the mean of f over the batch. [d]
+# ---- 2. Losses and the training loop -------------------------------------------------------------
+def l1_penalty(mean_L, lambda_L, W_dec, l1="sum"):
+    """(6), where mean_L is the mean of f over the batch.
 
-    Ours: a sum over latents, each weighed by the length of its row, or f could be shrunk for free
-    by longer rows. lambda = 2e-5 makes it 1 to 10 % of the loss.
-    The paper's formula is the sum of f. --recipe paper takes the mean over latents, as the authors'
-    code does (whose exclusive term counts shared latents, too): with lambda = 1e-3 that is 0.1 % of
-    the loss."""
+    "sum": over latents, each weighted by the length of its two rows together. Unweighted, the
+    dictionary could shrink f for free and make the rows longer. A shared latent costs up to sqrt(2)
+    times as much as an exclusive one. lambda = 2e-5 makes the penalty 1 to 10 % of the loss.
+    "mean": over latents, unweighted, as the published code has it. Its lambda = 1e-3 makes the
+    penalty 0.1 % of the loss, so the paper's "penalised" and "free" settings hardly differ."""
+    if l1 == "mean":
+        return (lambda_L * mean_L).mean()
     return (lambda_L * mean_L * W_dec.flatten(1).norm(dim=1)).sum()
 
 
 def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
-    """(7) [e] Revive dead latents: let them explain what the living leave over (AuxK, arXiv
-    2406.04093 A.2):
+    """(7): train dead latents on the error of the live ones (AuxK, arXiv 2406.04093, appendix A.2).
 
-        sum over partitions of  mean (z - zhat - sum_l f_l W_dec[l])^2
-        f: the 2 k largest of the partition's dead latents; mean over the models that it writes
+        aux = sum over partitions of  mean (z - zhat - sum_l f_l W_dec[l])^2
 
-    z - zhat is detached: the dead learn from the error and do not push the living. Each partition
-    has places of its own, or the many shared latents would win them all. A latent whose pre is
-    below 0 on all of these vectors learns nothing in this step."""
-    writes = {"A-exclusive": slice(0, 1), "B-exclusive": slice(1, 2), "shared": slice(0, 2)}
-    some = 1 + len(z_BMD) // 4  # a quarter of the batch: the whole of it revived no more latents
-    residual_BMD = (z_BMD - zhat_BMD).detach()[:some]
+    Here f holds the 2 k largest of a partition's dead latents, and the mean is over the models that
+    they write. Each partition has 2 k places of its own, or the many shared latents would fill them
+    all. The error is detached: live latents must not learn from it. A dead latent whose pre is
+    negative on all of these vectors learns nothing in this step."""
+    n_pairs = 1 + len(z_BMD) // 4  # a quarter of the batch revives as many
+    error_BMD = (z_BMD - zhat_BMD).detach()[:n_pairs]
 
     total = z_BMD.new_zeros(())
-    for name, part in cc.parts().items():
-        dead = part.start + dead_L[part].nonzero()[:, 0]
-        if not len(dead):
-            continue
-        f_Bk, place_Bk = keep_largest(pre_BL[:some, dead], min(len(dead), 2 * cc.k))
-        guess_BMD = decode_active(f_Bk, dead[place_Bk], cc.W_dec)
-        total += (residual_BMD - guess_BMD)[:, writes[name]].pow(2).mean()
+    for part in cc.partitions():
+        dead = part.latents.start + dead_L[part.latents].nonzero()[:, 0]
+        if len(dead) > 0:
+            # place: a position in `dead`; dead[place]: in the dictionary
+            f_Bk, place_Bk = keep_largest(pre_BL[:n_pairs, dead], min(len(dead), 2 * cc.k))
+            guess_BMD = decode_active(f_Bk, dead[place_Bk], cc.W_dec)
+            total += (error_BMD - guess_BMD)[:, part.models].pow(2).mean()
     return total
 
 
-def schedule(step, steps):
-    """[f] Factor of the learning rate: 5 % warm-up, linear to zero over the last 20 %. A constant
-    rate leaves the noise of the last batches in the weights."""
-    warm_up = (step + 1) / (.05 * steps)
-    decay = (steps - step) / (.2 * steps)
-    return min(1, warm_up, decay)
-
-
 def batches(n, batch, seed):
-    """Indices of one batch after another, for ever: every vector at most once an epoch, each epoch
-    in a new order; the last vectors of it, too few for a batch, are left out."""
+    """Endless batches of indices. Each epoch is a new order of all n, given by seed and epoch. What
+    is left at its end, too few for a batch, is dropped."""
     rng = torch.Generator()
     batch = min(batch, n)
     for epoch in count():
@@ -294,26 +247,27 @@ def batches(n, batch, seed):
         yield from order[:n - n % batch].split(batch)
 
 
-def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, seed=0, recipe="dfc",
-          aux=1 / 32, dead_after=100):
-    """Fit a crosscoder, after fit_scale(), to raw vectors x_NMD on their device -> {term: share of
-    the loss} over the last tenth of the steps. l1_*: the lambdas; aux: weight of aux_loss; a latent
-    silent for dead_after steps counts as dead. recipe "paper": L1 as a mean over all latents, no
-    revival, constant rate. Raises ValueError where training diverges."""
-    published = recipe == "paper"
+def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1="sum", l1_shared=2e-5, l1_excl=2e-5,
+          revive=1 / 32, schedule=True, dead_after=100, seed=0):
+    """Train a crosscoder, after fit_scale(), on raw vectors x_NMD that are on its device.
+
+    l1, l1_shared, l1_excl: form and lambdas of (6). revive: weight of (7). schedule: warm up, and
+    let the learning rate fall. dead_after: steps without activation until a latent counts as dead.
+    -> {"mse", "l1", "aux": share of the loss} in the last step. Raises ValueError if training
+    diverges."""
     order = batches(len(x_NMD), batch, seed)
-    # bf16 is for the product in (2) alone, in training, and for large dictionaries: the training of
-    # a small one must not depend on the kind of device
-    bf16 = has_bf16(x_NMD.device) and len(cc.b_enc) >= 4096
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
-    cc.confine(cc.W_enc, cc.W_dec)  # in case the weights were drawn anew
+
+    # bf16 for the product (2) of a large dictionary. A small one gains nothing, and its training
+    # should not depend on the device
+    bf16 = has_bf16(x_NMD.device) and len(cc.b_enc) >= 4096
 
     lambda_L = torch.full_like(cc.b_enc, l1_shared)
     lambda_L[:cc.n_a + cc.n_b] = l1_excl
-    silent_L = torch.zeros_like(lambda_L)  # steps since a latent was active
-    total = lambda_L.new_zeros(3)          # of each loss term, over the last tenth
+    silent_L = torch.zeros_like(lambda_L)  # steps since a latent was last active
 
-    for step in tqdm(range(steps), "train", leave=False, disable=None):
+    bar = tqdm(range(steps), "train", leave=False, disable=None)
+    for step in bar:
         # batch
         z_BMD = cc.normalise(x_NMD[next(order).to(x_NMD.device)])
 
@@ -323,20 +277,18 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
         f_Bk, index_Bk = keep_largest(pre_BL, cc.k)
         zhat_BMD = decode_active(f_Bk, index_Bk, cc.W_dec) + cc.b_dec
 
-        # the mean of f over the batch; a latent with mean 0 was silent
+        # mean of f over the batch; a latent whose mean is 0 was silent
         f_over_B = (f_Bk.float() / len(f_Bk)).flatten()
         mean_L = torch.zeros_like(lambda_L).index_add(0, index_Bk.flatten(), f_over_B)
         silent_L = torch.where(mean_L > 0, 0, silent_L + 1)
 
         # loss
         mse = (z_BMD - zhat_BMD).pow(2).mean()
-        if published:
-            l1 = (lambda_L * mean_L).mean()
-            revival = torch.zeros_like(mse)
-        else:
-            l1 = l1_penalty(mean_L, lambda_L, cc.W_dec)
-            revival = aux * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent_L > dead_after)
-        terms = torch.stack([mse, l1, revival])
+        penalty = l1_penalty(mean_L, lambda_L, cc.W_dec, l1)
+        aux = torch.zeros_like(mse)
+        if revive:  # a latent that is never selected has no gradient and would stay dead
+            aux = revive * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent_L > dead_after)
+        terms = torch.stack([mse, penalty, aux])
 
         # backward
         opt.zero_grad()
@@ -345,57 +297,61 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_shared=2e-5, l1_excl=2e-5, se
         nn.utils.clip_grad_norm_(cc.parameters(), 1.)
 
         # step
-        if not published:
-            opt.param_groups[0]["lr"] = lr * schedule(step, steps)
+        if schedule:  # a constant rate leaves the noise of the last batches in the weights
+            warm_up = (step + 1) / (.05 * steps)
+            fall = (steps - step) / (.2 * steps)
+            opt.param_groups[0]["lr"] = lr * min(1, warm_up, fall)
         opt.step()
-        if step >= int(.9 * steps):
-            total += terms.detach()
 
-    if not all(t.isfinite().all() for t in (total, *cc.parameters())):
-        raise ValueError(f"training diverged, nothing is saved: lower --lr {lr:g}")
-    return dict(zip(("mse", "l1", "aux"), (total / total.sum()).tolist()))
+        if step % 50 == 0 or step + 1 == steps:
+            bar.set_postfix(mse=f"{mse.item():.4f}")
+            if not all(t.isfinite().all() for t in [mse, *cc.parameters()]):
+                raise ValueError(f"training diverged, nothing is saved: lower --lr {lr:g}")
+    return dict(zip(("mse", "l1", "aux"), (terms / terms.sum()).tolist()))
 
 
 def fve(x_BMD, xhat_BMD):
     """Fraction of variance explained per model, (M,): 1 is perfect, predicting the mean gives 0."""
-    error_M = (x_BMD - xhat_BMD).double().pow(2).sum((0, 2))
-    variance_M = (x_BMD - x_BMD.double().mean(0)).pow(2).sum((0, 2))
-    return 1 - error_M / variance_M
+    x_BMD = x_BMD.cpu().double()
+    error_M = (x_BMD - xhat_BMD.cpu()).pow(2).mean(0).sum(1)
+    return 1 - error_M / x_BMD.var(0, correction=0).sum(1)
 
 
-# ---- 4. Activations ------------------------------------------------------------------------------
+# ---- 3. Activations ------------------------------------------------------------------------------
 def load_model(name, device):
-    """(model, frozen; its tokenizer) of a folder or a hub name. In the precision of its file, for
-    rounding could hide what RL changed; in fp32 where the device would be slow at bf16. Raises
-    ValueError, also where weights are missing, which the library would draw at random."""
-    dtype = "auto" if has_bf16(device) else torch.float32
+    """(model, frozen; its tokenizer) of a folder or a hub name, in the checkpoint's precision:
+    rounding could hide what RL changed. Raises ValueError, also if weights are missing, which the
+    library would draw at random."""
     with errors_about(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if find_adapter_config_file(name):  # without peft the library would leave it out
+            raise ValueError("an adapter: merge it into its base first (peft: merge_and_unload)")
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True)
-        missing = [*report["missing_keys"], *report["mismatched_keys"]]
+            name, dtype="auto", output_loading_info=True)
+        missing = sorted(report["missing_keys"])
         if missing:
-            raise ValueError(f"{len(missing)} weights are not in its file, such as {missing[0]}; "
-                             f"unused: {sorted(report['unexpected_keys'])[:3]}")
+            raise ValueError(f"{len(missing)} weights are not in its file, such as {missing[0]}")
         return model.to(device).eval().requires_grad_(False), tokenizer
 
 
 def token_ids(tokenizer, texts):
-    """Lists of token ids; no token is added, for a chat template has put in its own."""
+    """Lists of token ids. Adds no token: a chat template has put in its own."""
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 @contextlib.contextmanager
 def hooked(model, layer, edit):
-    """Within it block `layer`, counted from 0, puts out edit(h_BTD) for h_BTD (paper section 4).
-    The blocks (model.model.layers in Llama and Qwen) are found in any model as the first list of
-    modules with as many entries as there are layers."""
+    """A context in which block `layer`, counted from 0, outputs edit(h_BTD) instead of h_BTD (paper
+    section 4). The blocks (model.model.layers in Llama and Qwen) are found in any model as the
+    first list of modules that is as long as the model is deep."""
     depth = model.config.get_text_config().num_hidden_layers
-    lists = (m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList))
-    blocks = next(m for m in lists if len(m) == depth)
+    blocks = next(m for m in model.get_decoder().modules()
+                  if isinstance(m, nn.ModuleList) and len(m) == depth)
+    if not 0 <= layer < depth:
+        raise ValueError(f"no layer {layer} of 0 to {depth - 1}")
 
     def hook(module, args, out):
-        if isinstance(out, tuple):  # some put out more than the residual stream
+        if isinstance(out, tuple):  # some models output more than the residual stream
             return edit(out[0]), *out[1:]
         return edit(out)
 
@@ -406,32 +362,29 @@ def hooked(model, layer, edit):
         handle.remove()
 
 
-class DeepEnough(Exception):
-    """Raised in a hook when the layer wanted is done: no more of the pass is needed."""
+class LayerReached(Exception):
+    """Ends a forward pass early: no later layer is needed."""
 
 
 @torch.no_grad()
 def residual_stream(model, ids_BT, layer):
-    """h_BTD after block `layer`, and no block or vocabulary head beyond it: layer 13 is
-    hidden_states[14]; of the last block it is the output before the final norm."""
+    """h_BTD after block `layer`, which transformers calls hidden_states[layer + 1]; of the last
+    block it is the output before the final norm. Later blocks and the vocabulary head do not run.
+    """
     found = []
 
-    def take(h_BTD):
+    def keep_and_stop(h_BTD):
         found.append(h_BTD)
-        raise DeepEnough
+        raise LayerReached
 
-    with contextlib.suppress(DeepEnough), hooked(model, layer, take):
+    with contextlib.suppress(LayerReached), hooked(model, layer, keep_and_stop):
         model(input_ids=ids_BT, use_cache=False)
-    h_BTD = found[0]
-    if h_BTD.shape[:-1] != ids_BT.shape:
-        raise ValueError(f"a block of {type(model).__name__} puts out {tuple(h_BTD.shape)}, which "
-                         "is not (texts, tokens, width)")
-    return h_BTD
+    return found[0]
 
 
 def batches_by_length(ids, most_tokens):
-    """Places of token lists, in batches of like length with at most most_tokens when padded; a
-    longer list is a batch of its own."""
+    """Batches of indices of token lists of similar length, each with at most most_tokens when
+    padded. A longer list is a batch of its own."""
     batch = []
     for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
         if batch and (len(batch) + 1) * len(ids[i]) > most_tokens:
@@ -441,310 +394,326 @@ def batches_by_length(ids, most_tokens):
     yield batch
 
 
-def longest_text(*models):
-    """In tokens: what all models have positions for, at most 4,096."""
-    configs = [model.config.get_text_config() for model in models]
-    positions = [getattr(config, "max_position_embeddings", 4096) for config in configs]
-    return min(4096, *positions)
+def collect(models, tokenizer, texts, layer, longest=4096):
+    """The residual vector of each model at each text's last token (paper section 3) -> x_NMD, fp16
+    on the CPU.
 
-
-def collect(model, tokenizer, texts, layer, longest=None):
-    """The residual vector at each text's last token -> (N, D) fp16 on the CPU (paper section 3).
-    Padding is on the right, where causal attention never looks: the batch does not matter. A text
-    of more than `longest` tokens loses its beginning. Raises ValueError."""
-    config = model.config.get_text_config()
-    longest = longest or longest_text(model)
+    models: A and B, which read the same token ids. A text of more than `longest` tokens loses its
+    beginning. Padding is on the right, where causal attention does not look, so the batch does not
+    matter. Raises ValueError."""
     ids = [tokens[-longest:] for tokens in token_ids(tokenizer, texts)]
-    last = config.num_hidden_layers - 1
-    if not 0 <= layer <= last or not all(ids):
-        raise ValueError(f"no layer {layer} of 0 to {last}, or a text without a token")
+    if not all(ids):
+        raise ValueError("a text without a token")
+    x = []
+    for model in models:
+        x_ND = torch.empty(len(ids), model.config.get_text_config().hidden_size).half()
+        most_tokens = 8192 if model.device.type == "cuda" else 1024
+        for batch in tqdm([*batches_by_length(ids, most_tokens)], "collect", leave=False,
+                          disable=None):
+            rows = [torch.tensor(ids[i]) for i in batch]
+            ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+            last_B = [len(row) - 1 for row in rows]
+            h_BTD = residual_stream(model, ids_BT, layer)
+            x_ND[batch] = h_BTD[range(len(rows)), last_B].half().cpu()
+        x.append(x_ND)
+        del model  # if `models` loads them as it goes, this frees one before the next
 
-    x_ND = torch.empty(len(ids), config.hidden_size, dtype=torch.float16)
-    most_tokens = 8192 if model.device.type == "cuda" else 1024
-    for batch in tqdm(list(batches_by_length(ids, most_tokens)), "collect", leave=False,
-                      disable=None):
-        rows = [torch.tensor(ids[i]) for i in batch]
-        ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-        last_B = [len(row) - 1 for row in rows]
-        h_BTD = residual_stream(model, ids_BT, layer)
-        x_ND[batch] = h_BTD[range(len(rows)), last_B].half().cpu()
-
-    if not x_ND.isfinite().all():
+    x_NMD = torch.stack(x, 1)
+    if not x_NMD.isfinite().all():
         raise ValueError(f"vectors of layer {layer} are not finite in fp16: try another layer")
-    return x_ND
+    return x_NMD
 
 
-def collect_both(models, tokenizer, texts, layer):
-    """collect() of both models, {"A": model, "B": model}, for the same token ids -> x_NMD on their
-    device. Raises ValueError."""
-    longest = longest_text(*models.values())
-    x = [collect(model, tokenizer, texts, layer, longest) for model in models.values()]
-    with errors_about("these models as a pair"):  # their widths may differ
-        return torch.stack(x, 1).float().to(models["A"].device)
+# ---- 4. Texts ------------------------------------------------------------------------------------
+TOOL_ROW = ("instruction", "input", "output")  # the texts of a tool row: system, user, right answer
 
 
-def collect_pair(name_a, name_b, texts, layer, cache, device):
-    """collect_both() of two models by their names -> x_NMD, fp16 on the CPU. Kept in a file of the
-    folder `cache`, so that 48 settings collect once. Raises ValueError."""
-    file = Path(cache) / f"{fingerprint(name_a, name_b, texts, layer, device)}.npy"
-    if not file.exists():
-        model_a, tokenizer = load_model(name_a, device)
-        model_b, _ = load_model(name_b, device)
-        x_NMD = collect_both({"A": model_a, "B": model_b}, tokenizer, texts, layer)
-        with atomically(file) as part:
-            np.save(part, x_NMD.half().cpu().numpy())
-    return torch.from_numpy(np.load(file))
+def tool_texts(file, tokenizer, split, n, seed=0, whole_prompts=True):
+    """n tool texts from the rows of a split, which are used again if they are too few.
 
+    whole_prompts: half of the texts are whole prompts. They end at the token at which
+    eval_toolcall.py and steer.py patch, a place that no published training text reaches. The other
+    half are prompts with their answers, cut at a random blank; most cuts fall into the prompt.
 
-# ---- 5. Texts ------------------------------------------------------------------------------------
-TOOL_ROW = ("instruction", "input", "output")  # the texts that a row holds
+    Not whole_prompts: as published, the first n chunks of prompts with their answers."""
+    dialogues = []  # (prompt, the rest of its right answer)
+    for row in read_rows(file, TOOL_ROW, split):
+        prompt = prompt_of(row, tokenizer)
+        dialogues.append((prompt, row["output"].removeprefix(answer_prefix(prompt))))
+    if not whole_prompts:
+        return chunks((f"{prompt}\n{answer}" for prompt, answer in dialogues), tokenizer, n)
 
-
-def load_texts(tool_file, plain_file, tokenizer, split, n, cache, recipe="dfc", seed=0):
-    """(at most n tool texts, at most n plain texts) of a split of the rows. Raises ValueError where
-    there are none."""
-    rows = [row for row in read_rows(tool_file, TOOL_ROW) if split_of(row) == split]
-    if recipe == "paper":
-        tool_texts = tool_chunks(rows, tokenizer, n)
-    else:
-        tool_texts = tool_prompts(rows, tokenizer, n, seed)
-
-    # some tokenizers put a BOS token in front of every text: Gemma's does, Qwen's does not. Chat
-    # templates bring their own
-    bos = tokenizer.decode(tokenizer("")["input_ids"])
-    plain_texts = [bos + piece for piece in plain_chunks(plain_file, tokenizer, split, n, cache)]
-    if not tool_texts or not plain_texts:
-        raise ValueError(f"too few texts for {split}: {len(tool_texts)}, {len(plain_texts)} plain")
-    return tool_texts, plain_texts
-
-
-def tool_prompts(rows, tokenizer, n, seed):
-    """n texts. [g] Half are whole prompts: they end at the token at which eval_toolcall.py and
-    steer.py look and patch, which no text of the published mix does. Half are prompts with their
-    answers, cut at a random blank. Rows are used again where they are too few."""
-    dialogues = read_dialogues(rows, tokenizer)
     texts = [prompt for prompt, _ in islice(cycle(dialogues), n // 2)]
-
     rng = random.Random(seed)
     for prompt, answer in islice(cycle(dialogues), n - len(texts)):
         text = prompt + answer
         blanks = [blank.start() for blank in re.finditer(r"\s", text)]
-        cut = rng.choice(blanks or [len(text)])
-        texts.append(text[:cut] or text)
+        texts.append(text[:rng.choice(blanks)])
     return texts
 
 
-def tool_chunks(rows, tokenizer, n):
-    """The first n chunks of prompts with their answers, as published."""
+def plain_texts(name, tokenizer, split, n):
+    """At most n chunks of the plain texts of a split. Some tokenizers begin every text with a BOS
+    token (Gemma's does, Qwen's does not); prompts get theirs from the chat template."""
+    bos = tokenizer.decode(tokenizer("")["input_ids"])
+    texts = (row["text"] for row in read_rows(name, ("text",), split, stream=True))
+    return [bos + piece for piece in chunks(texts, tokenizer, n)]
+
+
+def chunks(texts, tokenizer, n, size=30):
+    """The first n pieces of some texts, each of `size` tokens or more, that end where a sentence
+    does (paper section 3); line breaks between sentences become blanks. A shorter rest is dropped,
+    unless it is all that a text has."""
     pieces = []
-    for prompt, answer in read_dialogues(rows, tokenizer):
-        pieces += chunks(f"{prompt}\n{answer}", tokenizer)
+    for text in texts:
+        piece = []
+        length = 0
+        before = len(pieces)
+        for sentence in filter(str.strip, re.split(r"(?<=[.!?])\s+|\n+", text)):
+            piece.append(sentence)
+            length += len(token_ids(tokenizer, sentence))
+            if length >= size:
+                pieces.append(" ".join(piece))
+                piece = []
+                length = 0
+
+        if piece and len(pieces) == before:
+            pieces.append(" ".join(piece))
+        if len(pieces) >= n:
+            break
     return pieces[:n]
 
 
-def read_dialogues(rows, tokenizer):
-    """[(a row's prompt, the rest of its right answer)]."""
-    dialogues = []
-    for row in rows:
-        prompt = prompt_of(row, tokenizer)
-        dialogues.append((prompt, row["output"].removeprefix(answer_prefix(prompt))))
-    return dialogues
-
-
 def prompt_of(row, tokenizer):
-    """The row up to the assistant's turn, in the tokenizer's chat template (how ToolRL trains)."""
+    """A row up to the assistant's turn, in the tokenizer's chat template. Raises ValueError."""
     messages = [{"role": "system", "content": row["instruction"]},
                 {"role": "user", "content": row["input"]}]
     with errors_about(f"the chat template of {tokenizer.name_or_path}"):  # it may have no system
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if row["instruction"].strip() not in prompt or row["input"].strip() not in prompt:
+        if not all(message["content"].strip() in prompt for message in messages):
             raise ValueError("it leaves out the system message or the question")
         return prompt
 
 
 def answer_prefix(prompt):
-    """What the template has already said of the answer: the thought's tag, or nothing."""
+    """The part of the answer that the chat template has already written: "<think>", or nothing."""
     return "<think>" if prompt.rstrip().endswith("<think>") else ""
 
 
-def plain_chunks(name, tokenizer, split, n, cache):
-    """The first n chunks of plain texts of a split. Those of a dataset are kept in the folder
-    `cache`: a second setting needs no network."""
-    file = Path(cache) / f"{hash_of([name, tokenizer.name_or_path, split, n])}.json"
-    if file.exists():
-        return json.loads(file.read_text())
+def read_rows(name, names, split=None, stream=False):
+    """Yield the rows of a split (or all), dicts with at least these texts, of a .jsonl file or of a
+    hub dataset ("owner/name" or "owner/name:config"; stream: without a copy on disk). Raises
+    ValueError that names file and row (blank lines are not counted), and OSError."""
+    if name.endswith(".jsonl"):
+        rows = map(json.loads, filter(bytes.strip, Path(name).read_bytes().splitlines()))
+    else:
+        path, _, config = name.partition(":")
+        with errors_about(f"the dataset {name} (no .jsonl; needs: pip install datasets)"):
+            from datasets import load_dataset
+            rows = load_dataset(path, config or None, split="train", streaming=stream)
 
-    pieces = []
-    for row in read_rows(name, ("text",), stream=True):
-        if split_of(row) == split:
-            pieces += chunks(row["text"], tokenizer)
-        if len(pieces) >= n:
-            break
-    pieces = pieces[:n]
-    if not name.endswith(".jsonl"):
-        with atomically(file) as part:
-            part.write_text(json.dumps(pieces))
-    return pieces
-
-
-def chunks(text, tokenizer, size=30):
-    """Pieces of `size` tokens or more that end where a sentence does (paper section 3, data); a
-    shorter rest is left out, unless it is all there is."""
-    pieces = []
-    piece = []
-    length = 0
-    for sentence in filter(str.strip, re.split(r"(?<=[.!?])\s+|\n+", text)):
-        piece.append(sentence)
-        length += len(token_ids(tokenizer, sentence))
-        if length >= size:
-            pieces.append(" ".join(piece))
-            piece = []
-            length = 0
-
-    if piece and not pieces:
-        pieces.append(" ".join(piece))
-    return pieces
-
-
-def read_rows(name, names, stream=False):
-    """Yields rows, dicts with at least these texts, of a .jsonl file or a hub dataset "owner/name"
-    or "owner/name:config"; stream: without a copy on the disk. A row in which one of the texts is
-    null is left out, and counted where all rows are read. Raises ValueError naming file and row
-    (blank lines are not counted), OSError."""
-    rows = open_rows(name, stream)
     done = 0
-    left_out = 0
     try:
         for row in rows:
-            texts = [row[key] for key in names]
-            if None in texts:
-                left_out += 1
-            else:
-                "".join(texts).encode()  # raises on what is not valid Unicode
+            "".join([row[key] for key in names]).encode()  # raises if one is no text
+            if split in (None, split_of(row)):
                 yield row
             done += 1
     except (LookupError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{name}, row {done + 1}, needs the texts {names}: {e}") from e
-    if left_out:
-        print(f"{name}: {left_out} of {done} rows left out, a text is null", file=sys.stderr)
 
 
 def split_of(row):
-    """train | dev | test: the row's own "split", else by a hash of the row, 80 : 10 : 10. Raises
-    ValueError."""
-    text = json.dumps(row, sort_keys=True, default=str)
-    drawn = {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train")
-    split = row.get("split") or drawn
-    if split not in ("train", "dev", "test"):
-        raise ValueError(f"a split is train, dev or test, not {split!r} as in {text[:120]} ...")
+    """The row's own "split" (train, dev or test), otherwise drawn by a hash of the row, 80 : 10 :
+    10."""
+    split = row.get("split")
+    if not split:
+        tenths = ["dev", "test"] + 8 * ["train"]
+        text = json.dumps(row, sort_keys=True, default=str)
+        split = tenths[zlib.crc32(text.encode()) % 10]
     return split
 
 
-# ---- 6. Save, load, the program ------------------------------------------------------------------
-def save(cc, folder):
-    """model.safetensors and config.json: the authors' names and shapes plus mean and scale, less
-    their masks, which n_a and n_b tell."""
-    folder.mkdir()
-    save_file(cc.state_dict(), folder / "model.safetensors")
-    config = {"activation_dim": cc.W_dec.shape[2], "dict_size": len(cc.W_dec), "k": cc.k,
-              "n_a": cc.n_a, "n_b": cc.n_b, "tied": cc.tied}
-    (folder / "config.json").write_text(json.dumps(config))
+# ---- 5. The program ------------------------------------------------------------------------------
+ROOT = Path(__file__).resolve().parent
 
 
-def load(folder, device="cpu"):
-    """The crosscoder of a run folder, frozen. Raises ValueError."""
-    with errors_about(folder):
-        config = json.loads(Path(folder, "config.json").read_text())
-        names = "activation_dim", "dict_size", "k", "n_a", "n_b", "tied"
-        cc = Crosscoder(*[config[name] for name in names])
-        cc.load_state_dict(load_file(f"{folder}/model.safetensors"))
-        return cc.to(device).requires_grad_(False)
+@dataclass
+class Settings:
+    """All that a run depends on, with the values of the toy pair. Each is an option of dfc.py
+    (n_texts is --n-texts) and is saved in the run's metrics.json."""
+
+    preset: str = "tiny"    # which models, texts and sizes: tiny, smol or paper
+    recipe: str = "dfc"     # how to train: as here (dfc) or as published (paper)
+    out: str = ""           # run folder; by default runs/ and what is given
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or cuda:1, mps
+
+    model_a: str = "tiny/toolrl"           # the RL-tuned model: a folder or a hub name
+    model_b: str = "tiny/base"             # its base
+    tool_texts: str = "tiny/tools.jsonl"   # tool rows: a .jsonl file or a hub dataset
+    plain_texts: str = "tiny/text.jsonl"   # rows of plain text, likewise
+    n_texts: int = 3000     # training texts of each kind
+    layer: int = 2          # record the output of this block, counted from 0
+    longest: int = 512      # tokens of a prompt and its answer, as many as the models can read
+    max_new: int = 64       # of these, tokens of the answer
+
+    dict: int = 512         # latents L
+    k: int = 8              # active latents of a pair of vectors
+    excl: float = .1        # A-exclusive share of the latents; 0 is the plain crosscoder
+    steps: int = 1200       # training steps
+    batch: int = 512        # pairs of vectors in a step
+    lr: float = 1e-3        # highest learning rate of Adam
+    l1_shared: float = 2e-5  # lambda of shared latents in (6)
+    l1_excl: float = 2e-5    # lambda of exclusive latents in (6)
+    seed: int = 0           # of weights, texts and batches
+
+    # where we depart from the paper; the reasons stand where each is used. The paper gives B as
+    # many exclusive latents as A; then B's can hold the difference as well
+    excl_b: float = 0.          # B-exclusive share
+    tie_shared: bool = True     # shared latents write one row into both models
+    fair_start: bool = True     # all partitions begin with equal chances of being selected
+    scale: str = "model"        # one scale a model, or one a coordinate
+    l1: str = "sum"             # form of (6): sum or mean
+    revive: float = 1 / 32      # weight of (7); 0 leaves dead latents dead
+    schedule: bool = True       # warm up, and let the learning rate fall
+    whole_prompts: bool = True  # half of the tool texts are whole prompts
+
+    def __post_init__(self):
+        for name, value in vars(self).items():  # the project's own files, wherever it is run from
+            if str(value).startswith("tiny/"):
+                setattr(self, name, f"{ROOT}/{value}")
+
+
+PRESETS = {  # the options that each stands for
+    "tiny": "",
+    "smol": "--model-a runs/smollm2/toolrl --model-b runs/smollm2/base --n-texts 6000 "
+            "--plain-texts runs/smollm2/plain.jsonl --layer 28 --longest 2048 --dict 1024 --k 16",
+    "paper": "--model-a chengq9/ToolRL-Qwen2.5-3B --model-b Qwen/Qwen2.5-3B --n-texts 40000 "
+             "--tool-texts emrecanacikgoz/ToolRL --plain-texts HuggingFaceFW/fineweb:sample-10BT "
+             "--layer 13 --longest 4096 --max-new 512 --dict 8192 --k 45 --steps 9000 --batch 1024 "
+             "--lr 1e-4"}
+RECIPES = {
+    "dfc": "",
+    "paper": "--excl-b .1 --no-tie-shared --no-fair-start --scale coordinate --l1 mean --revive 0 "
+             "--no-schedule --no-whole-prompts --l1-shared 1e-3 --l1-excl 1e-3"}
 
 
 def parse_args(argv=None):
-    """The settings that a command line asks for. Raises ValueError."""
-    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0],
+    """The settings of a command line: first the preset's options, then the recipe's, then those
+    given, and the last one wins. Raises ValueError."""
+    p = argparse.ArgumentParser(usage=argparse.SUPPRESS, epilog=inspect.getsource(Settings),
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
                                 argument_default=argparse.SUPPRESS)  # what is not given is absent
-    choices = {"preset": PRESETS, "recipe": RECIPES}
+    choices = {"preset": PRESETS, "recipe": RECIPES, "scale": ["model", "coordinate"],
+               "l1": ["sum", "mean"]}
     for f in fields(Settings):
         how = {"type": f.type, "choices": choices.get(f.name)}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        text = f"{f.metadata['help']} ({f.default})".replace("%", "%%")
-        p.add_argument(f"--{f.name.replace('_', '-')}", help=text, **how)
-    asked = vars(p.parse_args(argv))
+        p.add_argument(f"--{f.name.replace('_', '-')}", help=argparse.SUPPRESS, **how)
 
-    # what is asked for wins over what preset and recipe say
-    preset = vars(p.parse_args(PRESETS[asked.get("preset", "tiny")].split()))
-    recipe = vars(p.parse_args(RECIPES[asked.get("recipe", "dfc")].split()))
-    s = Settings(**(preset | recipe | asked))
-    if s.recipe == "paper" and "excl_b" not in asked:
-        s.excl_b = s.excl
-    if s.n_a + s.n_b == 0:
-        s.tie_shared = False  # [a] with nothing exclusive A and B could not differ
-    if not s.out:  # named by all that was asked for
+    argv = sys.argv[1:] if argv is None else argv
+    given = vars(p.parse_args(argv))
+    preset = PRESETS[given.get("preset", "tiny")]
+    recipe = RECIPES[given.get("recipe", "dfc")]
+    s = Settings(**vars(p.parse_args([*f"{preset} {recipe}".split(), *argv])))
+    if not s.out:  # named by what is given
         s.out = f"runs/{s.preset}"
-        for f in fields(Settings)[1:]:
-            if f.name in asked:
-                s.out += f"-{f.name}{Path(str(asked[f.name])).name}"
+        for name in sorted(given.keys() - {"preset", "device"}):
+            s.out += f"-{name}" + re.sub(r"[^\w.+-]", "-", str(given[name]).rpartition("/")[2])
 
-    if min(s.n_texts, s.steps, s.batch) < 1 or not 0 <= s.seed < 2 ** 31:
-        raise ValueError("--n-texts, --steps, --batch must be 1 or more, --seed from 0 to 2^31 - 1")
-    Crosscoder(1, s.dict, s.k, s.n_a, s.n_b)  # sizes that do not fit raise here already
+    if min(s.steps, s.batch) < 1:
+        raise ValueError("--steps and --batch must be 1 or more")
+    new_crosscoder(s, activation_dim=1)  # raises if its sizes do not fit
     return s
 
 
-def train_run(s, device):
+def new_crosscoder(s, activation_dim):
+    """An untrained crosscoder with these settings. Raises ValueError."""
+    sizes = []
+    for share in (s.excl, s.excl_b):
+        if not 0 <= share <= 1 or 0 < share * s.dict < 1 or s.excl == 0 < s.excl_b:
+            raise ValueError(f"--excl {s.excl:g} --excl-b {s.excl_b:g}: each is 0 or gives one of "
+                             f"{s.dict} latents at least; --excl 0 goes with --excl-b 0")
+        sizes.append(int(share * s.dict + 1e-6))  # as in the paper; .29 * 100 is 28.999999999999996
+    return Crosscoder(activation_dim, s.dict, s.k, *sizes, s.tie_shared, not s.fair_start)
+
+
+def activations(s, split, n, seed=0, whole_prompts=True):
+    """The pair's vectors at n tool texts and at most n plain texts of a split -> x_NMD. Kept in a
+    file beside the run, so that runs with other crosscoders need not collect again. If several
+    processes want it, one collects and the others wait. Raises ValueError."""
+    names = s.model_a, s.model_b
+    rows = s.tool_texts, s.plain_texts
+    what = [names, rows, split, n, seed, whole_prompts, s.layer, s.longest, s.device]
+    file = Path(s.out).parent / "cache" / f"{fingerprint(what, names, rows)}.pt"
+    with FileLock(f"{file}.lock"):
+        with contextlib.suppress(Exception):  # absent, or damaged in whatever way
+            return torch.load(file).to(s.device)
+
+        # texts
+        began = time.time()
+        tokenizer = AutoTokenizer.from_pretrained(s.model_a)
+        tool = tool_texts(s.tool_texts, tokenizer, split, n, seed, whole_prompts)
+        plain = plain_texts(s.plain_texts, tokenizer, split, n)
+        if not tool or not plain:
+            raise ValueError(f"too few texts for {split}: {len(tool)} of tools, {len(plain)} plain")
+
+        # vectors; the models are loaded one after the other
+        models = (load_model(name, s.device)[0] for name in names)
+        x_NMD = collect(models, tokenizer, tool + plain, s.layer, s.longest)
+        with atomically(file) as unfinished:
+            torch.save(x_NMD, unfinished)
+    print(f"collected {len(x_NMD)} {split} texts, {len({*tool, *plain})} of them distinct, in "
+          f"{time.time() - began:.0f} s")
+    return x_NMD.to(s.device)
+
+
+def train_run(s):
     """Collect, train, measure, save. The folder gets its name when all is in it."""
     # 1. collect; the dev texts are the same for all settings
     began = time.time()
-    cache = Path(s.out).parent / "cache"
-    tokenizer = load_tokenizer(s.model_a, s.model_b)
-    tool_texts, plain_texts = load_texts(
-        s.tool_texts, s.plain_texts, tokenizer, "train", s.n_texts, cache, s.recipe, s.seed)
-    tool_dev, plain_dev = load_texts(s.tool_texts, s.plain_texts, tokenizer, "dev", 300, cache)
-    x_NMD, dev_NMD = (  # training vectors, dev vectors
-        collect_pair(s.model_a, s.model_b, texts, s.layer, cache, device).to(device)
-        for texts in (tool_texts + plain_texts, tool_dev + plain_dev))
-    collected = time.time()
+    x_NMD = activations(s, "train", s.n_texts, s.seed, s.whole_prompts)
+    dev_NMD = activations(s, "dev", 300)
+    if x_NMD[:, 0].equal(x_NMD[:, 1]):
+        print("A's vectors equal B's: the models do not differ at this layer")
 
     # 2. train
     torch.manual_seed(s.seed)
-    cc = Crosscoder(x_NMD.shape[2], s.dict, s.k, s.n_a, s.n_b, s.tie_shared).to(device)
-    cc.fit_scale(x_NMD, each=s.recipe == "paper")
-    if s.recipe == "paper":  # an encoder drawn for itself, with the spread of ours, zeros and all
-        cc.W_enc.data.normal_(std=cc.W_enc.std().item())
-    else:
+    cc = new_crosscoder(s, x_NMD.shape[2]).to(s.device)
+    cc.fit_scale(x_NMD, s.scale)
+    if s.fair_start:
         cc.fair_start(x_NMD[next(batches(len(x_NMD), 4096, s.seed))])
-    loss = train(cc, x_NMD, s.steps, s.batch, s.lr, s.l1_shared, s.l1_excl, s.seed, s.recipe)
+    loss = train(cc, x_NMD, s.steps, s.batch, s.lr, s.l1, s.l1_shared, s.l1_excl, s.revive,
+                 s.schedule, seed=s.seed)
 
     # 3. measure and save
     metrics = {
         **measure(cc, x_NMD, dev_NMD),
-        "seconds": {"collect": collected - began, "train": time.time() - collected},
         "loss": loss,
-        "config": asdict(s),
-        "device": device,
-        "bf16": has_bf16(device),  # the device's; else models and products were in fp32
+        "seconds": time.time() - began,
+        "config": vars(s),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    with atomically(Path(s.out)) as folder:
-        save(cc, folder)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    with errors_about(s.out), atomically(Path(s.out)) as folder:
+        cc.save_pretrained(folder)
+        (folder / "README.md").unlink()  # an empty model card
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+        text = json.dumps(metrics, indent=1).replace(f"{ROOT}/", "")  # a copy has its own models
+        (folder / "metrics.json").write_text(text)
 
 
 @torch.no_grad()
 def measure(cc, x_NMD, dev_NMD):
-    """{"fve": of dev vectors, "l0": active latents a pair, "live": share of latents that ever
-    fire}, the first per model, the others per partition and of training vectors."""
+    """{"fve": of dev vectors, per model; "l0": active latents of a pair, "live": share of latents
+    that are ever active, both of training vectors, per partition}."""
     xhat_NMD, _ = cc(dev_NMD)
-    active_L = sum((cc.encode(x_BMD) > 0).sum(0) for x_BMD in x_NMD.split(1024))
-    fires_L = active_L / len(x_NMD)
+    rate_L = sum((cc.encode(x_BMD) > 0).sum(0) for x_BMD in x_NMD.split(1024)) / len(x_NMD)
 
-    out = {"fve": dict(zip("AB", fve(dev_NMD.float(), xhat_NMD).tolist())), "l0": {}, "live": {}}
-    for name, part in cc.parts().items():
-        out["l0"][name] = fires_L[part].sum().item()
-        out["live"][name] = (fires_L[part] > 0).float().mean().item()
+    out = {"fve": dict(zip("AB", fve(dev_NMD, xhat_NMD).tolist())), "l0": {}, "live": {}}
+    for part in cc.partitions():
+        out["l0"][part.name] = rate_L[part.latents].sum().item()
+        out["live"][part.name] = (rate_L[part.latents] > 0).float().mean().item()
     return out
 
 
@@ -752,34 +721,99 @@ def main(argv=None):
     s = parse_args(argv)
     found = Path(s.out).exists()
     if not found:
-        train_run(s, "cuda" if torch.cuda.is_available() else "cpu")
-    metrics = read_metrics(s.out)  # nothing but a run of ours is ever taken for one
-    other = [name for name, value in asdict(s).items()
-             if name != "out" and metrics["config"][name] != value]
+        check_pair(s)
+        train_run(s)
+    metrics = read_metrics(s.out)  # raises if it is no finished run
+    saved = Settings(**metrics["config"])
+    other = {name for name, _ in vars(s).items() ^ vars(saved).items()} - {"out", "device"}
     if other:
         raise ValueError(f"{s.out} is a run with another {', '.join(other)}: give another --out")
 
-    lines = {"fve": "of the variance of dev texts", "l0": "active latents a pair",
-             "live": "of the latents ever fire", "loss": "of the loss"}
+    lines = {
+        "fve": "variance of dev texts explained: 1 is all of it, below .5 train longer",
+        "l0": f"active latents of a pair: in all {s.k}, unless few are positive",
+        "live": "share of latents ever active: near 0, the partition learned nothing",
+        "loss": "shares of the loss: mse should be most of it",
+    }
     for name, text in lines.items():
-        values = "".join(f"{key} {value:.4g}   " for key, value in metrics[name].items())
-        print(f"{name:8s}{values}{text}")
-    state = "found, not trained again:" if found else "saved  "
-    print(f"{state} {s.out}; next: python eval_toolcall.py {s.out}, python steer.py {s.out}")
+        values = "".join(f"{key} {value:.3g}   " for key, value in metrics[name].items())
+        print(f"{name:6s}{values:56s}{text}")
+    print(f"{'found' if found else 'saved'} {s.out}, next: python eval_toolcall.py {s.out}; "
+          f"python steer.py {s.out}")
 
 
-# ---- 7. Plumbing: what a reader of the method may skip -------------------------------------------
-def latents_in(share, n_latents):
-    """share * n_latents, rounded down as in the paper. Raises ValueError where it is below one."""
-    if not 0 <= share <= 1 or 0 < share * n_latents < 1:
-        raise ValueError(f"a share of {share:g} of {n_latents} latents: 0, or one latent to all")
-    return int(share * n_latents + 1e-6)  # .29 * 100 is 28.999999999999996
+# ---- 6. Plumbing: what a reader of the method may skip -------------------------------------------
+def load(folder, device="cpu"):
+    """The crosscoder of a run folder, frozen. Raises ValueError."""
+    with errors_about(folder), contextlib.redirect_stdout(None):  # the library prints a line
+        return Crosscoder.from_pretrained(folder, strict=True).to(device).requires_grad_(False)
+
+
+def read_metrics(folder):
+    """metrics.json of a finished run. Raises ValueError if there is none of ours."""
+    with contextlib.suppress(Exception):  # in whatever way it is damaged
+        metrics = json.loads(Path(folder, "metrics.json").read_text())
+        Settings(**metrics["config"])
+        return metrics
+    raise ValueError(f"{folder} is no finished run of dfc.py: no metrics.json, or a damaged one "
+                     "(python extras/published.py makes a run of a published crosscoder)")
+
+
+def check_pair(s):
+    """Look at models and rows before any work is done, and print what they are. Raises ValueError
+    if the run, or its evaluation, could not be finished."""
+    # the models: the same tokens and width, enough positions
+    names = s.model_a, s.model_b
+    with errors_about(f"{s.model_a} with {s.model_b} (folders or hub names)"):
+        a, b = (AutoConfig.from_pretrained(name).get_text_config() for name in names)
+        ids_a, ids_b = (AutoTokenizer.from_pretrained(name).get_vocab().items() for name in names)
+        differ = sorted(ids_a ^ ids_b)
+        if differ or a.hidden_size != b.hidden_size:
+            raise ValueError(f"their widths are {a.hidden_size} and {b.hidden_size}, and "
+                             f"{len(differ)} tokens differ: {differ[:3]}")
+        if not 0 < s.max_new < s.longest <= getattr(a, "max_position_embeddings", s.longest):
+            raise ValueError(f"--max-new {s.max_new} must be 1 or more and less than --longest "
+                             f"{s.longest}, which must lie within A's positions")
+    print(f"models  {a.num_hidden_layers} blocks of width {a.hidden_size}, {len(ids_a)} tokens")
+
+    # the rows: some that call a tool in each split
+    rows = read_rows(s.tool_texts, TOOL_ROW)
+    calls = Counter((split_of(row), "<tool_call>" in row["output"]) for row in rows)
+    for split in ("train", "dev", "test"):
+        print(f"{split:8s}{calls[split, True]} rows call a tool, {calls[split, False]} do not")
+        if not calls[split, True]:
+            raise ValueError(f"{s.tool_texts}: no {split} row has a <tool_call>")
 
 
 def has_bf16(device):
     """Whether the device multiplies in bf16: CUDA does, and some CPUs."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # old torch does not tell
     return torch.device(device).type == "cuda" or bool(known.get("avx512_bf16"))
+
+
+def fingerprint(what, models, rows=()):
+    """A hash of what JSON can hold, and of the files of models and of rows by name: their names,
+    sizes and time stamps, also of what a link points to. (A model of the hub lies in a folder of
+    its commit, in the hub's cache.)"""
+    what = [what]
+    folders = [Path(cached_file(name, "config.json")).parent for name in models]
+    for path in [*folders, *map(Path, rows)]:
+        for file in [path, *sorted(path.glob("*"))]:
+            if file.is_file():
+                what.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def atomically(path):
+    """Yields a temporary path, which becomes `path` if all went well: no file or folder of that
+    name is ever half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as home:
+        unfinished = Path(home, path.name)
+        yield unfinished
+        if not path.is_dir():  # another process may have been faster
+            unfinished.replace(path)
 
 
 @contextlib.contextmanager
@@ -791,96 +825,21 @@ def errors_about(name):
         raise ValueError(f"cannot use {name}: {e}") from e
 
 
-@contextlib.contextmanager
-def atomically(path):
-    """Yields a place to write to, which becomes `path` when all went well: no file or folder of
-    that name is ever half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as home:
-        part = Path(home, path.name)
-        yield part
-        part.replace(path)
-
-
-def hash_of(what):
-    """A name for what JSON can hold."""
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-
-def load_tokenizer(name_a, name_b):
-    """A's tokenizer, which serves both models. Raises ValueError where B's has other ids."""
-    with errors_about(f"{name_a} with {name_b} (folders or hub names; smol's: extras/smol.py)"):
-        a = AutoTokenizer.from_pretrained(name_a)
-        b = AutoTokenizer.from_pretrained(name_b)
-    if a.get_vocab() != b.get_vocab():
-        raise ValueError(f"{name_a} and {name_b} differ in vocabulary: ids must agree")
-    if "strftime_now" in str(a.chat_template):
-        print(f"{name_a}: its chat template puts today's date into prompts; tomorrow they differ",
-              file=sys.stderr)
-    return a
-
-
-def open_rows(name, stream):
-    """The rows of read_rows(), as they come."""
-    if name.endswith(".jsonl"):
-        return map(json.loads, filter(bytes.strip, Path(name).read_bytes().splitlines()))
-    path, _, config = name.partition(":")
-    with errors_about(f"the dataset {name} (no .jsonl; needs: pip install datasets)"):
-        from datasets import load_dataset
-        return load_dataset(path, config or None, split="train", streaming=stream)
-
-
-def fingerprint(name_a, name_b, texts, layer, device):
-    """A hash of all that collected vectors depend on. Of a model in a local folder these are also
-    its files' time stamps; of one on the hub the folder's name, which holds the commit. Raises
-    ValueError."""
-    what = [texts, layer, device, has_bf16(device)]  # the last decides on the models' precision
-    for name in (name_a, name_b):
-        with errors_about(name):
-            folder = Path(cached_file(name, "config.json")).parent
-        what.append(str(folder))
-        for file in sorted(folder.iterdir()):
-            if not file.is_symlink():
-                what.append([file.name, file.stat().st_mtime_ns])
-    return hash_of(what)
-
-
-def read_metrics(folder):
-    """metrics.json of a finished run. Raises ValueError where there is none of ours."""
-    with contextlib.suppress(Exception):  # in whatever way it is damaged
-        metrics = json.loads(Path(folder, "metrics.json").read_text())
-        if metrics["config"].keys() >= asdict(Settings()).keys():
-            return metrics
-    raise ValueError(f"{folder} is no finished run of dfc.py: no metrics.json, or a damaged one "
-                     "(python extras/published.py makes a run of a published crosscoder)")
-
-
 def cli(main, argv=None):
-    """main(argv). What the user can mend, a ValueError, an OSError or too little memory, becomes
-    one line and exit status 2; the rest are bugs."""
-    if not sys.stderr.isatty():  # on a terminal the hub's retries and downloads are seen
+    """main(argv), but a ValueError or an OSError, which a user can mostly fix, becomes one line and
+    exit status 2."""
+    if not sys.stderr.isatty():  # a bar is for a terminal
         logging.disable_progress_bar()
-        logging.get_logger("huggingface_hub").setLevel(logging.ERROR)
-        os.environ |= {"DATASETS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     try:
         return main(argv)
-    except (ValueError, OSError, RuntimeError, MemoryError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
+    except (ValueError, OSError) as e:
         cause = e
-        while below := cause.__cause__ or cause.__context__:  # what the hub answered, below what
-            cause = below                                     # libraries made of it
+        while below := cause.__cause__ or cause.__context__:  # what the hub answered
+            cause = below
         said = f"{e}" if str(cause) in str(e) else f"{e} ({cause})"
-        said = re.sub(r"(https?://[^\s?]+)\?[^\s)]+", r"\1", said)  # a signed address is a key
         print(f"{Path(sys.argv[0]).name}: {' '.join(said.split())[:600]}", file=sys.stderr)
         return 2
 
 
-def leave(status):
-    """End the program, at once: threads of datasets' reader would abort the interpreter later."""
-    sys.stdout.flush()
-    os._exit(status or 0)
-
-
 if __name__ == "__main__":
-    leave(cli(main))
+    sys.exit(cli(main))
