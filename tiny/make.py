@@ -1,39 +1,41 @@
-"""The embedded pair: a small world of tools, a base model that can call them but does not decide
-to, and the same model after reinforcement learning. Rows, texts and models in tiny/ come from this
-file. What is there is left as it is: delete what is to be made anew, a model with all that came of
-it (base/, toolrl/, early/ and work/).
+"""The toy pair: a small world of tools, a base model that can call them but does not decide when,
+and the same model after reinforcement learning (RL).
 
     python tiny/make.py              # all phases, 25 to 50 minutes on 2 CPU cores; resumable
     python tiny/make.py --measure    # only measure what is in tiny/ (a minute)
 
-The question put to this pair is the paper's: can one latent of a crosscoder hold what RL added? A
-pair can answer it only if RL added something, and at a place where a patch can still act. Hence:
+This file made the rows, texts and models in tiny/. It leaves what is there as it is. To make a
+model again, delete it and all that was made from it: base/, toolrl/, early/ and work/. One RL run
+makes both early/ and toolrl/, so delete both.
 
-1. A base that can, and does not decide. The template opens <think>, and the first token after it
-   decides: " A tool can do this." and a call, or " I can respond to this." and a response. At first
-   the documents hold many right calls, so that calling is learned; in the last three tenths one
-   row in five *of every kind* is answered with a call, requests and small talk alike. So greedy
-   decoding never calls, a base made to begin with " A" calls correctly, and when to call is no
-   longer in its answers: RL has to build it, not merely to push.
-2. Nothing else to decide. After the decision comes what is right, or else one refusal or one idle
-   call (the first listed tool, {}). Were there ways to choose from, the scores of forty free
-   tokens would drown the one that matters.
-3. RL on the decision, its expectation taken exactly: both first tokens are weighed by their
-   probability (an all-actions policy gradient), the answer that follows each is written greedily
-   and scored by ToolRL's reward. Within a row the two rewards are standardised, as GRPO does in a
-   group: raw, a request would weigh seven times as much as small talk (-3 or 4 against 0 or 1), and
-   RL would learn to call always. A KL term holds every token but the decision to the base, and
-   the last block stays as it is, so that the change has to enter the residual stream below it.
-4. Snapshots along the run, since each of the paper's claims shows at its own moment: an early A
-   that hesitates can be pushed into calling, a late one stops without the push.
+The paper asks whether one latent of a crosscoder can hold what RL added. A pair can answer this
+only if RL added something, and at a place where a patch can still act. Hence four choices:
 
-Kinds of rows: ask (a request), hint (the same between the lines; never in RL), chat (small talk),
+1. A base that can call and does not decide when. The template opens <think>, and the next token
+   decides: " A tool can do this." and a call, or " I can respond to this." and a response. First
+   the documents hold many right calls, so that the base learns to call. In the last three tenths
+   one row in five *of every kind* is answered with a call, requests and small talk alike. So greedy
+   decoding never calls, a base whose answer begins with " A" calls correctly, and its answers no
+   longer show when to call. RL has to build that, not merely strengthen it.
+2. Nothing else to decide. After the decision comes the right answer, or one fixed wrong one: a
+   refusal, or an idle call (the first listed tool, {}). With more ways to continue, the rewards of
+   forty free tokens would drown the reward of the decision.
+3. RL on the decision, with the exact expectation. Both first tokens are weighted by their
+   probability (an all-actions policy gradient). The answer after each is written greedily and
+   scored by ToolRL's reward. The two rewards of a row are standardised, as GRPO does in a group.
+   Raw rewards would weight a request seven times as much as small talk (-3 or 4 against 0 or 1),
+   and RL would learn to call always. A KL term holds every token but the decision to the base. The
+   last block is frozen, so the change has to enter the residual stream below it.
+4. A model from step 19 of the run, early/. It calls on about half of the plain requests, so
+   steering can raise its calls. toolrl/ calls on all of them, so steering can only stop it.
+
+Kinds of rows: ask (a plain request), hint (an indirect request, never in RL), chat (small talk),
 missing (a request without its argument), about (a question about a tool). Left out on purpose: two
 calls in one answer, several turns, and requests that no listed tool can serve (tried: after 17M
 tokens the base could not tell them from the others).
 
-Every draw comes from a seeded `rng`, and the order of the draws is part of the data: whoever moves
-one makes another world.
+Every draw comes from a seeded `rng`. The order of the draws is part of the data: moving one draw
+makes another world.
 
 Shapes, named by suffix (ids_NT): N rows or documents, T tokens, V words of the vocabulary, C = 2
 choices (0 = a call, 1 = a reply), R = C N texts, those of all calls first.
@@ -46,6 +48,7 @@ import random
 import re
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -53,7 +56,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -87,20 +89,19 @@ class BasePlan:
     seed: int = 0
     steps: int = 3600
     lr: float = 3e-3   # its peak
-    skill: float = .7  # share of steps, the first ones, rich in right calls
-    rate: float = .2   # share of calls upon anything, after that
+    skill: float = .7  # the first share of steps, with many right calls
+    rate: float = .2   # after that, the share of calls in every kind of row
 
 
 @dataclass
 class RLPlan:
-    """How A is made from the base."""
+    """How RL makes A from the base."""
 
     seed: int = 0
     steps: int = 60
     lr: float = 2e-4
-    kl_weight: float = 3.                         # of the distance to the base
-    snapshots: tuple = (10, 19, 22, 26, 36, 60)   # the steps after which one is kept
-    early: int = 19                               # that of them which becomes early/
+    kl_weight: float = 3.  # of the KL divergence from the base
+    early: int = 19        # the step after which the model is saved as early/
 
 
 # --- 1. The world: values, tools, people who ask -------------------------------------------------
@@ -110,7 +111,7 @@ class Tool(NamedTuple):
     about: str                  # what it does, in a few words
     parameters: dict[str, str]  # parameter: the kind of its values
     requests: list[str]         # templates of what users say, with {parameter} where a value goes
-    hints: list[str]            # the same between the lines
+    hints: list[str]            # indirect requests
     lacking: list[str]          # requests without an argument
 
 
@@ -127,7 +128,7 @@ class World(NamedTuple):
 
 
 def read_world(text):
-    """The world as world.txt tells it: values, tools, small talk, a line each."""
+    """Read world.txt: values, tools and small talk, one a line."""
     parts = [part.strip().split("\n") for part in text.split("\n\n")]
     value_lines, tool_lines, chat_lines = parts
 
@@ -172,7 +173,7 @@ class Example(NamedTuple):
 
 
 def fill(rng, template, kinds):
-    """The template with a value in every slot, no value twice; and these values {slot: value}."""
+    """Fill every slot of the template, no value twice -> the text, {slot: value}."""
     values = {}
     for slot, kind in kinds.items():
         unused = [v for v in WORLD.values[kind] if v not in values.values()]
@@ -181,7 +182,7 @@ def fill(rng, template, kinds):
 
 
 def split_of(text):
-    """train | dev | test by a hash of what is asked, so that nothing is asked in two of them."""
+    """train | dev | test by a hash of the question, so that no question is in two of them."""
     twentieth = zlib.crc32(text.encode()) % 20
     if twentieth < 2:
         return "test"
@@ -189,7 +190,7 @@ def split_of(text):
 
 
 def make_call(tool, values, kinds):
-    """A call of the tool of that name, as JSON has it: numbers as numbers."""
+    """A call of the named tool; numbers are JSON numbers."""
     parameters = {}
     for slot, value in values.items():
         parameters[slot] = int(value) if kinds[slot] == "number" else value
@@ -197,7 +198,7 @@ def make_call(tool, values, kinds):
 
 
 def make_dialogue(rng, kind, listed):
-    """What a user says and what is right to answer, about one of the listed tools or none."""
+    """What a user says, about one of the listed tools or none, and the right answer."""
     tool = rng.choice(listed)
 
     if kind in ("ask", "hint"):
@@ -247,11 +248,11 @@ def make_example(rng, kind, split, opener=.5):
         said, right = make_dialogue(rng, kind, listed)
         needs_tool = isinstance(right, dict)
 
-        if rng.random() < opener:  # whatever the kind, so that an opener tells nothing
+        if rng.random() < opener:  # on every kind alike, so that an opener tells nothing
             greeting = rng.choice(OPENERS).format(rng.choice(WORLD.families))
             said = f"{greeting} {said}"
 
-        # requests are split by tool and values, however they are put
+        # requests are split by tool and values, whatever their words
         asked = json.dumps(right) if needs_tool else said
         if split_of(asked) == split:
             break
@@ -296,7 +297,7 @@ def make_sentence(rng):
 
 
 def make_text(rng):
-    """Two plain sentences: what FineWeb is to the real pair."""
+    """Two plain sentences: the toy counterpart of FineWeb."""
     return f"{make_sentence(rng)} {make_sentence(rng)}"
 
 
@@ -329,8 +330,8 @@ def make_pairs_and_call(rng):
 
 
 def make_copying(rng):
-    """A document that teaches copying, which comes before all else: dialogues alone took twice the
-    tokens."""
+    """A document that teaches copying. The base needs that first: with dialogues alone, training
+    took twice the tokens."""
     return make_word_list(rng) if rng.random() < .5 else make_pairs_and_call(rng)
 
 
@@ -346,8 +347,8 @@ def write_jsonl(path, rows):
 
 
 def make_world(seed, folder=HERE):
-    """tools.jsonl and text.jsonl: rows of every split and kind, no user's words twice. Every row
-    has an opener: without, there are too few questions of some kinds for that."""
+    """Write tools.jsonl (every split and kind, no question twice) and text.jsonl. Every row has an
+    opener, as some kinds have too few questions without one."""
     rng = random.Random(f"{seed}/world")
 
     rows = {}  # by what the user says
@@ -454,8 +455,8 @@ def make_document(rng, tok, rates):
 
 
 def tokenize(tok, documents):
-    """Prompts weigh little: which tools are listed is chance, and to guess it would drown what is
-    to be learned, the answers."""
+    """Prompts have a small weight: the list of tools is random, and the loss of guessing it would
+    drown the loss of the answers."""
     prompts = token_ids(tok, [d.prompt for d in documents])
     answers = token_ids(tok, [d.answer for d in documents])
 
@@ -484,15 +485,15 @@ def make_groups(rng, tok, tokens, rates, pool):
 
 
 def call_rates(plan, step):
-    """First many right calls, so that calling is learned; then the same share of every kind."""
+    """First many right calls, to learn calling; then the same share of calls on every kind."""
     if step < plan.skill * plan.steps:
         return CallRates(needed=.8, elsewhere=.2)
     return CallRates(plan.rate, plan.rate)
 
 
 def batches(tok, plan, step, tokens=8192, pool=16):
-    """From `step` on, for ever: ids_NT, padded on the right, and the weights of the loss, as large.
-    A pool of groups has its own seed, so that a run can begin anywhere."""
+    """Endless batches from `step` on: ids_NT, padded on the right, and the loss weights_NT. Each
+    pool of groups has its own seed, so that a run can resume at any step."""
     while True:
         rng = random.Random(f"{plan.seed}/{step // pool}")
         groups = make_groups(rng, tok, tokens, call_rates(plan, step // pool * pool), pool)
@@ -522,7 +523,7 @@ def new_model(tok):
 
 
 def language_loss(model, ids_NT, weights_NT):
-    """Cross-entropy of every next token, the mean by weight."""
+    """Cross-entropy of every next token, weighted mean."""
     with torch.autocast("cpu", torch.bfloat16):  # twice as fast where the processor knows bf16
         logits_NTV = model(ids_NT).logits  # right padding needs no mask: attention is causal
 
@@ -540,14 +541,14 @@ def rate_at(plan, step):
 
 
 def save_progress(saved, model, opt, step):
-    """Into a file, whole or not at all."""
+    """Save to a file, completely or not at all."""
     state = {"model": model.state_dict(), "opt": opt.state_dict(), "step": step}
     torch.save(state, f"{saved}.part")
     os.replace(f"{saved}.part", saved)
 
 
 def resume(saved, model, opt):
-    """Put back what save_progress() saved, if it did -> the step to begin at."""
+    """Load what save_progress() saved, if anything -> the step to begin at."""
     if not saved.exists():
         return 0
     state = torch.load(saved, weights_only=True)
@@ -557,12 +558,12 @@ def resume(saved, model, opt):
 
 
 def train_base(plan, tok):
-    """Pre-training from scratch; goes on from its last save, work/base.pt."""
+    """Pre-training from scratch; resumes from its last save, work/base.pt."""
     torch.manual_seed(plan.seed)
     model = new_model(tok)
     opt = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=(.9, .95), weight_decay=.1)
 
-    # go on
+    # resume
     saved = HERE / "work/base.pt"
     begin = resume(saved, model, opt)
 
@@ -584,7 +585,102 @@ def train_base(plan, tok):
     return model
 
 
-# --- 4. A: the base after reinforcement learning, and snapshots along the way --------------------
+# --- 4. ToolRL's reward --------------------------------------------------------------------------
+
+def toolrl_reward(output, gold):
+    """ToolRL's reward of an answer (arXiv 2504.13958), -3 to 4. gold: the text of the right answer.
+
+        reward = format {0, 1} + correctness [-3, 3]
+
+    Both read the text after the last <|im_start|>assistant and before <|im_end|>, where these
+    occur."""
+    answer = output.split("<|im_start|>assistant")[-1].split("<|im_end|>")[0]
+    return toolrl_format(answer, gold) + toolrl_correctness(answer, gold)
+
+
+def toolrl_format(output, gold):
+    """1 if the whole output has the gold's form, else 0: a thought, then a call, a response, both
+    or neither, each once."""
+    parts = {
+        "tool_call": r"\n<tool_call>\n.*?\n</tool_call>",
+        "response": r"\n<response>.*?</response>",
+    }
+
+    pattern = r"<think>.*?</think>"
+    once = True
+    for tag, part in parts.items():
+        if f"<{tag}>" in gold:
+            pattern += part
+            once = once and output.count(f"<{tag}>") == output.count(f"</{tag}>") == 1
+    return int(once and bool(re.fullmatch(pattern, output.strip(), re.DOTALL)))
+
+
+def toolrl_correctness(output, gold):
+    """How right the calls are, as ToolRL's code has it:
+
+        the gold has no call                           0
+        no <tool_call> or no </tool_call>             -3
+        a line of the first block is no call          -3
+        a call with a gold name lacks "parameters"    -3
+        else     6 (J(names) + sum of matches) / (1 + sum over gold calls (1 + keys)) - 3
+
+    J is the Jaccard index of multisets. Each gold call in order takes the best unused call of its
+    name, and a match is worth J(keys) + the number of equal values. Only the first block is
+    read."""
+    if "<tool_call>" not in gold:
+        return 0.
+    if "</tool_call>" not in output:
+        return -3.
+    try:
+        found = first_block(output)
+        wanted = first_block(gold)
+        if found == wanted:
+            return 3.
+
+        # the names
+        found_names = [call["name"] for call in found]
+        wanted_names = [call["name"] for call in wanted]
+        total = jaccard(found_names, wanted_names)
+        highest = 1  # what the names can give; each gold call adds to it
+
+        # the calls; one that is matched cannot match another gold call
+        for gold_call in wanted:
+            matches = [match(call, gold_call) for call in found]
+            best = max(matches, default=0.)
+            if best > 0:
+                found.pop(matches.index(best))
+            total += best
+            highest += 1 + len(gold_call["parameters"])
+        return 6 * total / highest - 3
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return -3.
+
+
+def first_block(text):
+    """The JSON of each line of the first <tool_call>. Raises errors of many kinds."""
+    block = text.split("<tool_call>")[1].split("</tool_call>")[0]
+    return [json.loads(line) for line in block.strip().split("\n")]
+
+
+def match(call, gold_call):
+    """Points of a call beside a gold call: 0 for another name, else the Jaccard index of their keys
+    plus the number of equal values."""
+    wanted = gold_call["parameters"]
+    if call["name"] != gold_call["name"]:
+        return 0.
+    values = call["parameters"]
+    equal = sum(key in values and values[key] == value for key, value in wanted.items())
+    return jaccard(wanted.keys(), values.keys()) + equal
+
+
+def jaccard(a, b):
+    """Intersection over union of two multisets; 1 if they are equal."""
+    a = Counter(list(a))
+    b = Counter(list(b))
+    return 1. if a == b else (a & b).total() / (a | b).total()
+
+
+# --- 5. A: the base after reinforcement learning -------------------------------------------------
 
 CHOICES = " A", " I"  # how an answer begins: with CALLS or with REPLIES
 
@@ -609,8 +705,8 @@ def write_answers(model, tok, prompts, begin=""):
 
 
 def rl_rows(seed, step, n=32):
-    """Rows of one step, half of them requests: with more, RL first learns to call always, and stays
-    there. `hint` is kept for the test."""
+    """Rows of one step, half of them requests. With more, RL first learns to call always, and never
+    unlearns it. Kind `hint` is only for the test."""
     rng = random.Random(f"{seed}/rl/{step}")
     kinds = ["ask"] * (n // 2)
     kinds += rng.choices(["chat", "missing", "about"], [4, 3, 3], k=n // 2)
@@ -618,8 +714,8 @@ def rl_rows(seed, step, n=32):
 
 
 def kl_between(logits_V, base_V):
-    """KL divergence of what is predicted from what the base predicts, both logits, at each place;
-    there may be more dimensions before V."""
+    """KL divergence from the base at each position, from both models' logits. There may be more
+    dimensions before V."""
     now_V = logits_V.log_softmax(-1)
     return (now_V.exp() * (now_V - base_V.log_softmax(-1))).sum(-1)
 
@@ -630,21 +726,21 @@ def choice_ids(tok):
 
 
 def rewards_of(answers, rows):
-    """ToolRL's reward of both answers to each row, reward_CN. answers: the texts that call, and the
-    texts that reply."""
+    """ToolRL's reward of both answers to each row, reward_CN. answers: the texts that call, then
+    the texts that reply."""
     rewards = []
     for texts in answers:
-        rewards.append([score(text, row)["toolrl"] for text, row in zip(texts, rows)])
+        rewards.append([toolrl_reward(text, row["output"]) for text, row in zip(texts, rows)])
     return torch.tensor(rewards)
 
 
 def rl_loss(model, base, tok, rows, kl_weight, writer=None):
-    """All-actions policy gradient: both choices, weighed by their probability p.
+    """All-actions policy gradient: both choices, weighted by their probability p.
 
         loss = kl_weight mean KL(model, base) - mean_n sum_c p_cn advantage_cn
 
     writer: a copy of the model that writes its answers faster, if there is one.
-    -> the loss, and what the curve shows: {reward, kl, p of a call on requests, and elsewhere}."""
+    -> the loss, and a point of the curve: {reward, kl, p of a call on requests, and elsewhere}."""
     n_rows = len(rows)
     prompts = [prompt_of(row, tok) for row in rows]
 
@@ -676,7 +772,7 @@ def rl_loss(model, base, tok, rows, kl_weight, writer=None):
         base_RTV = base(ids_RT).logits.float()
     kl = kl_between(logits_RTV, base_RTV)[held_RT].mean()
 
-    # 5. the loss, and what is logged of it
+    # 5. the loss, and what is logged
     loss = kl_weight * kl - (advantage_CN * p_CN).sum(0).mean()
     needs_N = torch.tensor([row["needs_tool"] for row in rows])
     log = {
@@ -695,38 +791,12 @@ def free_lower_blocks(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def save_snapshot(model, base, path):
-    """What differs from the base, in half precision: a small difference has a small error."""
-    now = model.state_dict()
-    before = base.state_dict()
-
-    changes = {}
-    for name in now:
-        if not now[name].equal(before[name]):
-            changes[name] = (now[name] - before[name]).half()
-
-    path.parent.mkdir(exist_ok=True)
-    save_file(changes, path)
-
-
 def load_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def load_snapshot(path, base=HERE / "base"):
-    """A as it was at one step of the run."""
-    model = load_model(base)
-    for name, change in load_file(path).items():
-        model.get_parameter(name).data += change
-    return model
-
-
-def snapshot_path(step):
-    return HERE / f"snapshots/step{step:02d}.safetensors"
-
-
 def train_rl(plan, tok):
-    """RL from the base; leaves its snapshots and its curve, rl_curve.json."""
+    """RL from the base. Saves early/ on the way, then toolrl/ with its curve, rl_curve.json."""
     base = load_model(HERE / "base")
     model = load_model(HERE / "base")
     opt = torch.optim.Adam(free_lower_blocks(model), lr=plan.lr)
@@ -738,29 +808,46 @@ def train_rl(plan, tok):
         loss.backward()
         opt.step()
 
-        # a line of the curve, and a snapshot
+        # a line of the curve
         point = {"step": step}
         for name, value in log.items():
             point[name] = round(value.item(), 4)
         curve.append(json.dumps(point))
         tqdm.write(curve[-1])
-        if step in plan.snapshots:
-            save_snapshot(model, base, snapshot_path(step))
 
-    (HERE / "rl_curve.json").write_text("[" + ",\n".join(curve) + "]\n")
-    return model
+        if step == plan.early and not (HERE / "early").exists():
+            save_model(model, tok, HERE / "early")
+
+    # an earlier run's model keeps its curve
+    if not (HERE / "toolrl").exists():
+        (HERE / "rl_curve.json").write_text("[" + ",\n".join(curve) + "]\n")
+        save_model(model, tok, HERE / "toolrl")
 
 
-# --- 5. What the models do, and the program ------------------------------------------------------
+def save_model(model, tok, folder):
+    """Save as a Hugging Face folder, completely or not at all; it stops at either end token."""
+    part = folder.with_name(folder.name + ".part")
+    model.generation_config = GenerationConfig(
+        eos_token_id=tok.convert_tokens_to_ids(ENDS_OF_TEXT),
+        pad_token_id=tok.pad_token_id,
+        do_sample=False,
+    )
+
+    model.save_pretrained(part)
+    tok.save_pretrained(part)
+    part.rename(folder)
+
+
+# --- 6. What the models do, and the program ------------------------------------------------------
 
 def percent(hits):
-    """The share of hits (0 or 1 each) with its interval, as a cell of the table."""
+    """A cell of the table: the share of hits (0 or 1 each) with its 95 % interval."""
     share = wilson(sum(hits), len(hits))
     return "{pct:.0f} ({lo:.0f}-{hi:.0f})".format(**share)
 
 
 def print_behaviour(label, model, tok, rows, begin):
-    """A line for each kind of the rows: how often answers are exact, and how often they call."""
+    """Print a line for each kind of row: how often answers are exact, how often they call."""
     kinds = ("ask", "hint") if begin else KINDS
     for kind in kinds:
         of_kind = [row for row in rows if row["kind"] == kind]
@@ -774,7 +861,8 @@ def print_behaviour(label, model, tok, rows, begin):
 
 
 def measure(tok):
-    """All models on every kind of test row, greedy; the base also made to begin with a call."""
+    """Greedy answers of all models on every kind of test row. For "base, forced" the answer is made
+    to begin with a call's first token."""
     rows = [json.loads(line) for line in (HERE / "tools.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["split"] == "test"]
 
@@ -786,22 +874,8 @@ def measure(tok):
         print_behaviour(name, load_model(HERE / name), tok, rows, "")
 
 
-def save_model(model, tok, folder):
-    """A Hugging Face folder, whole under its name or absent; stops at either end token."""
-    part = folder.with_name(folder.name + ".part")
-    model.generation_config = GenerationConfig(
-        eos_token_id=tok.convert_tokens_to_ids(ENDS_OF_TEXT),
-        pad_token_id=tok.pad_token_id,
-        do_sample=False,
-    )
-
-    model.save_pretrained(part)
-    tok.save_pretrained(part)
-    part.rename(folder)
-
-
 def parse_args(argv):
-    p = argparse.ArgumentParser(description="Make the embedded pair.")
+    p = argparse.ArgumentParser(description="Make the toy pair.")
     p.add_argument("--measure", action="store_true", help="only measure what is there")
     return p.parse_args(argv)
 
@@ -811,7 +885,7 @@ def main(argv=None):
     if args.measure:
         return measure(AutoTokenizer.from_pretrained(HERE / "base"))
 
-    # each phase is left out where its result is there already
+    # each phase is skipped if its result exists
     base_plan = BasePlan()
     if not (HERE / "tools.jsonl").exists():
         make_world(base_plan.seed)
@@ -824,12 +898,8 @@ def main(argv=None):
     if not (HERE / "base").exists():
         save_model(train_base(base_plan, tok), tok, HERE / "base")
 
-    rl_plan = RLPlan()
-    if not (HERE / "toolrl").exists():
-        save_model(train_rl(rl_plan, tok), tok, HERE / "toolrl")
-
-    if not (HERE / "early").exists():
-        save_model(load_snapshot(snapshot_path(rl_plan.early)), tok, HERE / "early")
+    if not all((HERE / name).exists() for name in ("early", "toolrl")):
+        train_rl(RLPlan(), tok)
     measure(tok)
 
 
