@@ -14,6 +14,7 @@ import argparse
 import ast
 import copy
 import dataclasses
+import functools
 import json
 import random
 import re
@@ -37,7 +38,8 @@ from tokenizers.processors import TemplateProcessing
 import dfc
 import eval_toolcall as ev
 import steer
-from extras import grid, published, saturation, table, toy
+from extras import grid, latent_scaling, published, saturation, table, toy
+from tiny import make
 
 ROOT = Path(dfc.__file__).resolve().parent
 TINY = ROOT / "tiny"
@@ -54,7 +56,7 @@ def seeded():
 
 @once
 def models():
-    """The embedded pair."""
+    """The toy pair."""
     return {name: dfc.load_model(str(TINY / name), "cpu")[0] for name in ("toolrl", "base")}
 
 
@@ -140,7 +142,7 @@ def test_an_empty_partition_is_the_plain_crosscoder():
 
     fit(cc, x_NMD)
 
-    assert cc.parts() == {"shared": slice(0, 32)}
+    assert [part.name for part in cc.partitions()] == ["shared"]
     assert cc.W_enc.all()
     assert cc.W_dec.all()
 
@@ -183,7 +185,7 @@ def test_a_fair_start_gives_every_partition_the_same_spread():
     cc.fair_start(x_NMD)
 
     pre_NL = cc.preactivate(cc.normalise(x_NMD))
-    spread = [pre_NL[:, part].std().item() for part in cc.parts().values()]
+    spread = [pre_NL[:, part.latents].std().item() for part in cc.partitions()]
     assert spread == pytest.approx([spread[-1]] * 3, rel=.01)
 
 
@@ -193,18 +195,18 @@ def slow_revival(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
     quarter = len(z_BMD) // 4 + 1
     error_BMD = (z_BMD - zhat_BMD).detach()
     total = torch.zeros(())
-    for part in cc.parts().values():
+    for part in cc.partitions():
         eager_L = torch.zeros_like(dead_L)
-        eager_L[part] = dead_L[part]
+        eager_L[part.latents] = dead_L[part.latents]
         if eager_L.any():
             f_BL = kept(pre_BL * eager_L, 2 * cc.k)
             guess_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec)
-            writes_M = cc.W_dec[part].any(0).any(1)
+            writes_M = cc.W_dec[part.latents].any(0).any(1)
             total = total + (error_BMD - guess_BMD)[:quarter, writes_M].pow(2).mean()
     return total
 
 
-def slow_train(cc, x_NMD, steps, batch, lr, l1_shared, l1_excl, dead_after, recipe):
+def slow_train(cc, x_NMD, steps, batch, lr, l1, l1_shared, l1_excl, revive, schedule, dead_after):
     """train() by its formulas, with dense products, and SGD."""
     n_exclusive = cc.n_a + cc.n_b
     lambda_L = torch.full([len(cc.b_enc)], l1_shared)
@@ -217,21 +219,23 @@ def slow_train(cc, x_NMD, steps, batch, lr, l1_shared, l1_excl, dead_after, reci
         z_BMD = cc.normalise(x_NMD[next(order)])
         pre_BL = cc.preactivate(z_BMD)
         f_BL = kept(pre_BL, cc.k)
-        zhat_BMD = cc.decode_normalised(f_BL)
+        zhat_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec) + cc.b_dec
         silent_L = torch.where(f_BL.any(0), 0, silent_L + 1)
 
         # loss
         loss = (z_BMD - zhat_BMD).pow(2).mean()
-        if recipe == "paper":
-            rate = lr
+        if l1 == "mean":
             loss = loss + (lambda_L * f_BL).mean()
         else:
-            rate = lr * min(1, (step + 1) / (.05 * steps), (steps - step) / (.2 * steps))
             length_L = cc.W_dec.flatten(1).norm(dim=1)
             loss = loss + (lambda_L * f_BL * length_L).sum(1).mean()
-            loss = loss + slow_revival(cc, z_BMD, zhat_BMD, pre_BL, silent_L > dead_after) / 32
+        dead_L = silent_L > dead_after
+        loss = loss + revive * slow_revival(cc, z_BMD, zhat_BMD, pre_BL, dead_L)
 
         # step
+        rate = lr
+        if schedule:
+            rate = lr * min(1, (step + 1) / (.05 * steps), (steps - step) / (.2 * steps))
         cc.zero_grad()
         loss.backward()
         cc.confine(cc.W_enc.grad, cc.W_dec.grad)
@@ -240,14 +244,14 @@ def slow_train(cc, x_NMD, steps, batch, lr, l1_shared, l1_excl, dead_after, reci
             p.data -= rate * p.grad
 
 
-@pytest.mark.parametrize("n_a, n_b, tied, recipe", [
-    (0, 0, False, "dfc"),
-    (12, 0, True, "dfc"),
-    (12, 9, False, "dfc"),
-    (12, 9, False, "paper"),
+@pytest.mark.parametrize("n_a, n_b, tied, l1, revive, schedule", [
+    (0, 0, False, "sum", 1 / 32, True),
+    (12, 0, True, "sum", 1 / 32, True),
+    (12, 9, False, "sum", 1 / 32, False),
+    (12, 9, False, "mean", 0, False),
 ])
 def test_training_on_active_latents_alone_equals_dense_products(
-        n_a, n_b, tied, recipe, monkeypatch):
+        n_a, n_b, tied, l1, revive, schedule, monkeypatch):
     x_NMD = torch.randn(600, 2, 8) * 2 + 1
 
     def sgd(parameters, lr, fused):
@@ -259,8 +263,8 @@ def test_training_on_active_latents_alone_equals_dense_products(
         cc.fit_scale(x_NMD)
         cc.W_enc.data[..., ::2] *= .2  # so that many are dead
         cc.W_dec.data *= 3             # and gradients are clipped
-        train(cc, x_NMD, steps=40, batch=64, lr=1., l1_shared=1e-2, l1_excl=3e-2, dead_after=2,
-              recipe=recipe)
+        train(cc, x_NMD, steps=40, batch=64, lr=1., l1=l1, l1_shared=1e-2, l1_excl=3e-2,
+              revive=revive, schedule=schedule, dead_after=2)
         return cc.parameters()
 
     monkeypatch.setattr(torch.optim, "Adam", sgd)  # Adam does not see a gradient's length
@@ -322,24 +326,13 @@ def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family,
     model = random_model(family)
     texts = [book[i:i + n] for i, n in enumerate((3, 300, 1, 17))]
 
-    for layer in (0, 1):
-        x_ND = dfc.collect(model, tokenizer, texts, layer).float()  # kept in fp16
+    for layer, longest in ((0, 4096), (1, 4096), (1, 50)):
+        x_NMD = dfc.collect([model, model], tokenizer, texts, layer, longest).float()  # by fp16
 
-        for text, x_D in zip(texts, x_ND):
-            ids_1T = torch.tensor([tokenizer(text)["input_ids"]])
+        for text, x_MD in zip(texts, x_NMD):
+            ids_1T = torch.tensor([tokenizer(text)["input_ids"][-longest:]])
             states = model(ids_1T, output_hidden_states=True).hidden_states
-            assert close(x_D, states[layer + 1][0, -1], 1e-2)
-
-
-def test_of_a_long_text_both_models_read_the_end_that_both_have_positions_for(tokenizer, book):
-    models = {"A": random_model("Llama"), "B": random_model("Llama", max_position_embeddings=50)}
-
-    x_NMD = dfc.collect_both(models, tokenizer, [book], 1)
-
-    for m, model in enumerate(models.values()):
-        ids_1T = torch.tensor([tokenizer(book)["input_ids"][-50:]])
-        h_1TD = dfc.residual_stream(model, ids_1T, 1)
-        assert close(x_NMD[:, m], h_1TD[:, -1], 1e-2)
+            assert close(x_MD, states[layer + 1][0, -1], 1e-2)
 
 
 def test_a_hook_edits_one_blocks_output_and_is_gone_after_an_exception():
@@ -360,40 +353,56 @@ def test_a_hook_edits_one_blocks_output_and_is_gone_after_an_exception():
 
 def test_activations_are_kept_under_what_changes_them_and_never_half_written(
         tmp_path, monkeypatch):
-    pair = str(tmp_path / "a"), str(TINY / "base")
-    cache = tmp_path / "cache"
-    shutil.copytree(TINY / "toolrl", pair[0])
+    for name in ("a", "b"):
+        shutil.copytree(TINY / "toolrl", tmp_path / name)
+    rows = shutil.copy(TINY / "tools.jsonl", tmp_path)
+    s = dfc.Settings(model_a=f"{tmp_path}/a", model_b=f"{tmp_path}/b", tool_texts=rows,
+                     out=f"{tmp_path}/run")
     loaded = []
 
-    def collect(models, tokenizer, texts, layer):
-        loaded.append(layer)
+    def collect(models, tokenizer, texts, layer, longest):
+        loaded.append(texts)
         return torch.full([len(texts), 2, 4], float(layer))
 
-    def write_half(path, array):
+    def write_half(x_NMD, path):
         path.write_bytes(b"half")
         raise OSError("no space")
 
-    def is_new(text="two words", layer=1):
+    def is_new(n=2, split="dev", **changed):
         loaded.clear()
-        x_NMD = dfc.collect_pair(*pair, ["one", text], layer, cache, "cpu")
-        assert x_NMD.eq(layer).all()
+        there = dataclasses.replace(s, **changed)
+        x_NMD = dfc.activations(there, split, n, there.seed, there.whole_prompts)
+        assert x_NMD.eq(there.layer).all()
+        assert len(x_NMD) == 2 * n
         return bool(loaded)
 
     # killed while it writes
-    monkeypatch.setattr(dfc, "collect_both", collect)
+    monkeypatch.setattr(dfc, "collect", collect)
     with monkeypatch.context() as m, pytest.raises(OSError, match="no space"):
-        m.setattr(np, "save", write_half)
+        m.setattr(torch, "save", write_half)
         is_new()
-    assert not any(cache.iterdir())
+    assert not any((tmp_path / "cache").glob("*.pt"))
 
     # the same again, and something else
     assert is_new()
     assert not is_new()
-    assert is_new(layer=0)
-    assert is_new(text="two wordz")
-    os.utime(tmp_path / "a" / "model.safetensors")
-    assert is_new()
-    monkeypatch.setattr(dfc, "has_bf16", str)  # another precision: neither true nor false
+    for changed in ({"layer": 0}, {"n": 3}, {"split": "train"}, {"seed": 1}, {"longest": 100},
+                    {"whole_prompts": False}):
+        assert is_new(**changed)
+    for touched in ("a/model.safetensors", "b/model.safetensors", "tools.jsonl"):
+        os.utime(tmp_path / touched)
+        assert is_new()
+
+    # what a link points to, and not the time of its folder; a damaged file
+    weights = tmp_path / "b/model.safetensors"
+    for there in ("base", "early"):
+        weights.unlink()
+        weights.symlink_to(TINY / there / "model.safetensors")
+        assert is_new()
+    os.utime(tmp_path / "a")
+    assert not is_new()
+    for file in (tmp_path / "cache").glob("*.pt"):
+        os.truncate(file, 60)
     assert is_new()
 
 
@@ -450,12 +459,14 @@ def test_a_row_belongs_to_one_split_and_needs_a_tool_where_its_answer_calls_one(
     assert not ev.needs_tool(doubts)
 
 
-def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer(tokenizer):
+def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer(
+        tokenizer, tmp_path):
     row = rows_in(TINY / "tools.jsonl", "train")[0]
+    (tmp_path / "one.jsonl").write_text(as_lines(row))
     prompt = dfc.prompt_of(row, tokenizer)
     whole = prompt + row["output"].removeprefix(dfc.answer_prefix(prompt))
 
-    texts = dfc.tool_prompts([row], tokenizer, 40, seed=0)
+    texts = dfc.tool_texts(f"{tmp_path}/one.jsonl", tokenizer, "train", 40)
 
     assert whole.count("<think>") == 1
     assert texts[:20] == [prompt] * 20
@@ -465,53 +476,24 @@ def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer
         assert whole.startswith(text)
         assert whole[len(text)].isspace()
 
-
-def test_a_text_without_a_blank_is_whole_and_none_is_empty(monkeypatch, tokenizer):
-    for prompt in ("问", "\n问"):
-        monkeypatch.setattr(dfc, "prompt_of", lambda row, tokenizer, prompt=prompt: prompt)
-
-        texts = dfc.tool_prompts([{"output": "答"}], tokenizer, 8, seed=0)
-
-        assert set(texts) <= {prompt, prompt + "答", "\n"}
+    # as published: chunks that end with a sentence, none a whole prompt
+    pieces = dfc.tool_texts(f"{tmp_path}/one.jsonl", tokenizer, "train", 40, whole_prompts=False)
+    assert prompt not in pieces
+    assert min(map(len, dfc.token_ids(tokenizer, pieces))) >= 30
 
 
 def test_plain_text_begins_as_the_tokenizer_begins_it_and_prompts_as_the_template_does(
-        tokenizer, tmp_path):
+        tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     start = ("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[start])
-    where = str(TINY / "tools.jsonl"), str(TINY / "text.jsonl")
 
-    tool_texts, plain_texts = dfc.load_texts(*where, tokenizer, "dev", 3, tmp_path)
+    tool_texts = dfc.tool_texts(str(TINY / "tools.jsonl"), tokenizer, "dev", 3)
+    plain_texts = dfc.plain_texts(str(TINY / "text.jsonl"), tokenizer, "dev", 3)
 
     assert all(text.startswith("<|endoftext|>") for text in plain_texts)
     assert not any(text.startswith("<|endoftext|>") for text in tool_texts)
-
-
-def test_a_row_with_a_null_is_left_out_and_counted(tmp_path, capsys):
-    file = tmp_path / "rows.jsonl"
-    file.write_text(as_lines({"text": "a"}, {"text": None}, {"text": "b"}))
-
-    rows = list(dfc.read_rows(str(file), ("text",)))
-
-    assert [row["text"] for row in rows] == ["a", "b"]
-    assert "1 of 3 rows left out" in capsys.readouterr().err
-
-
-def test_texts_of_a_data_set_are_asked_for_once(tmp_path, monkeypatch, tokenizer):
-    asked = []
-
-    def open_rows(name, stream):
-        asked.append(name)
-        return iter([{"text": f"Sentence {i} is here.", "split": "dev"} for i in range(100)])
-
-    monkeypatch.setattr(dfc, "open_rows", open_rows)
-    first, again = (dfc.plain_chunks("owner/name", tokenizer, "dev", 5, tmp_path) for _ in "12")
-
-    assert len(first) == 5
-    assert again == first
-    assert asked == ["owner/name"]
 
 
 def test_rows_of_a_data_set_are_those_of_its_file(tmp_path):
@@ -531,19 +513,10 @@ def test_a_model_may_be_a_name_of_the_hub(tmp_path, monkeypatch):
     (repo / "refs/main").write_text("1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
 
-    x_NMD = dfc.collect_pair("owner/name", str(TINY / "toolrl"), ["abc"], 2, tmp_path, "cpu")
+    s = dfc.Settings(model_a="owner/name", model_b=str(TINY / "toolrl"), out=f"{tmp_path}/run")
+    x_NMD = dfc.activations(s, "dev", 2)
 
     assert torch.equal(x_NMD[:, 0], x_NMD[:, 1])
-
-
-def test_a_template_with_todays_date_is_told(tmp_path, capsys):
-    model = shutil.copytree(TINY / "base", tmp_path / "model")
-    with open(model / "chat_template.jinja", "a") as file:
-        file.write("{{ strftime_now('%d %b %Y') }}")
-
-    dfc.load_tokenizer(str(model), str(TINY / "base"))
-
-    assert "today's date" in capsys.readouterr().err
 
 
 # ---- 5. Train, save, load ------------------------------------------------------------------------
@@ -571,28 +544,30 @@ class Bomb:
         return Path.touch, (Path("exploded"),)
 
 
-def is_specific(row):
-    """Does a row of the ranking say that A alone has what this latent writes?"""
-    separates = row["contrast"] == "needs/none" and row["auroc"] >= .9
-    alone = abs(row["nu_error"]) < .2 and abs(row["nu_recon"]) < .5
-    return separates and alone and row["partition"] == "A-exclusive"
+def is_specific(cc, x_NMD, f_PL, f_QL):
+    """Is there an A-exclusive latent that separates P from Q and that A alone has?"""
+    nu_error_L, nu_recon_L = latent_scaling.exclusivity(cc, x_NMD, cc.encode(x_NMD))
+    for row in steer.rank_latents(cc, f_PL, f_QL):
+        l = row["feature_idx"]
+        alone = abs(nu_error_L[l]) < .2 and abs(nu_recon_L[l]) < .5
+        if row["partition"] == "A-exclusive" and row["auroc"] >= .9 and alone:
+            return True
+    return False
 
 
 def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp_path):
     cc = small(tied=True)
     x_NMD = torch.randn(400, 2, 8) * torch.tensor([[.05], [90.]]) + 7
     fit(cc, x_NMD, 300)
-    dfc.save(cc, tmp_path / "run")
+    cc.save_pretrained(tmp_path / "run")
 
     again = dfc.load(str(tmp_path / "run"))
     state = load_file(tmp_path / "run" / "model.safetensors")
 
     assert (again.k, again.n_a, again.n_b, again.tied) == (5, 4, 3, True)
-    shapes = {name: list(weights.shape) for name, weights in state.items()}
-    assert shapes == json.loads("""{
+    assert {name: list(weights.shape) for name, weights in state.items()} == {
         "W_enc": [2, 8, 32], "b_enc": [32], "W_dec": [32, 2, 8], "b_dec": [2, 8],
-        "mean": [2, 8], "scale": [2, 8]
-    }""")
+        "mean": [2, 8], "scale": [2, 8]}
 
     # raw in, raw out; normalised between
     z_NMD = again.normalise(x_NMD)
@@ -604,7 +579,7 @@ def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp
 
 
 def test_cut_and_foreign_crosscoders_are_refused(tmp_path):
-    dfc.save(small(), tmp_path / "cut")
+    small().save_pretrained(tmp_path / "cut")
     os.truncate(tmp_path / "cut" / "model.safetensors", 900)
 
     for folder in (tmp_path / "cut", tmp_path / "nothing", TINY / "base"):
@@ -618,18 +593,16 @@ def test_planted_exclusive_features_are_recovered_and_two_equal_models_yield_non
     if same:
         x_NMD[:, 1] = x_NMD[:, 0]
 
-    cc = toy.fit(x_NMD, .125, True, k=3, steps=500).requires_grad_(False)
+    cc = toy.fit(x_NMD, .125, tied=True, k=3, steps=500).requires_grad_(False)
 
     # is a latent of A alone the one that "needs" concept c?
     specific = 0
     for c in range(8):
         ordered_NMD = x_NMD[(x_NMD[:, 0] @ d_CMD[c, 0]).argsort()]
-        least = ordered_NMD[:200]
-        most = ordered_NMD[-200:]
-        x = {"needs": most, "none": least, "tool": most, "plain": least}
-        f = {name: cc.encode(x_PMD) for name, x_PMD in x.items()}
-        if any(map(is_specific, steer.rank_latents(cc, x, f))):
-            specific += 1
+        f_PL = cc.encode(ordered_NMD[-200:])
+        f_QL = cc.encode(ordered_NMD[:200])
+        ends_NMD = torch.cat([ordered_NMD[-200:], ordered_NMD[:200]])
+        specific += is_specific(cc, ends_NMD, f_PL, f_QL)
 
     if same:
         assert specific == 0
@@ -673,13 +646,13 @@ def world(tmp_path_factory):
 
     flags = f"--tool-texts {home}/few.jsonl --n-texts 60 --steps 200 --dict 96 --excl .12"
     world = World(home, home / "few.jsonl", home / "run", flags.split())
-    load_texts = dfc.load_texts
+    activations = dfc.activations
 
-    def load_few(tool_file, plain_file, tokenizer, split, n, *more):
-        return load_texts(tool_file, plain_file, tokenizer, split, min(n, 60), *more)
+    def few(s, split, n, *more):
+        return activations(s, split, min(n, 60), *more)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(dfc, "load_texts", load_few)
+        m.setattr(dfc, "activations", few)
         assert call(dfc, *world.flags, "--out", world.run) == 0
         yield world
 
@@ -691,17 +664,25 @@ ASKED = """
 --recipe paper                                51 51 False 0.001
 --recipe paper --tie-shared --l1-shared 0     51 51 True 0.0
 --recipe paper --preset paper                 819 819 False 0.001
-"""  # n_a, n_b, tie_shared, l1_shared
+"""  # n_a, n_b, tied, l1_shared
 
 
 def test_recipe_and_preset_fill_in_what_is_not_asked_for_and_each_run_has_a_folder_of_its_own():
     folders = set()
     for flags, expected in cells_of(ASKED):
         s = dfc.parse_args(flags.split())
-        assert f"{s.n_a} {s.n_b} {s.tie_shared} {s.l1_shared}" == expected
+        cc = dfc.new_crosscoder(s, 1)
+        assert f"{cc.n_a} {cc.n_b} {cc.tied} {s.l1_shared}" == expected
         folders.add(s.out)
 
     assert len(folders) == 6
+
+
+def test_the_published_recipe_switches_every_departure_off():
+    paper = dfc.parse_args(["--recipe", "paper"])
+
+    for name in "tie_shared fair_start scale l1 revive schedule whole_prompts excl_b".split():
+        assert getattr(paper, name) != getattr(dfc.Settings(), name)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -710,16 +691,16 @@ def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_e
     run = tmp_path / "run"
     flags = [*world.flags, "--seed", seed, "--out", run]
     shutil.copytree(world.home / "cache", tmp_path / "cache")
-    save = dfc.save
+    save = dfc.Crosscoder.save_pretrained
 
-    def save_and_die(*args, **more):
-        save(*args, **more)
+    def save_and_die(*args):
+        save(*args)
         assert not run.exists()  # not at this moment either
         raise KeyboardInterrupt
 
     # killed
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(dfc, "save", save_and_die)
+        m.setattr(dfc.Crosscoder, "save_pretrained", save_and_die)
         call(dfc, *flags)
     assert not files(tmp_path)
 
@@ -750,11 +731,11 @@ FILES = """
 --- BROKEN.jsonl
 {"text": "a"}
 {"text":
+--- NULL.jsonl
+{"text": "a"}
+{"text": null}
 --- ONE.jsonl
 {"instruction": "i", "input": "q", "output": "a", "split": "train"}
---- TWO.jsonl
-{"instruction": "i", "input": "q", "output": "a", "split": "train"}
-{"instruction": "i", "input": "q", "output": "a", "split": "validation"}
 --- LONE.jsonl
 {"instruction": "i", "input": "q", "output": "a", "prediction": "a"}
 {"instruction": "i", "input": "\\ud800", "output": "a", "prediction": "\\ud800"}
@@ -777,16 +758,14 @@ def bad(world, tmp_path_factory):
     home = tmp_path_factory.mktemp("bad")
     for name in ("RUN", "DAMAGED", "FOREIGN"):
         shutil.copytree(world.run, home / name)
-    for name in ("MODEL", "DROPS", "PARTLY", "PREFIXED"):
+    for name in ("MODEL", "DROPS", "PARTLY"):
         shutil.copytree(TINY / "base", home / name)
     publish(home / "PICKLE", b_enc=Bomb())
 
-    # a block left out, a prefix before each name
+    # a block left out
     weights = load_file(TINY / "base" / "model.safetensors")
-    kept = {name: w for name, w in weights.items() if ".layers.3." not in name}
-    prefixed = {f"_orig_mod.{name}": w for name, w in weights.items()}
-    for name, some in (("PARTLY", kept), ("PREFIXED", prefixed)):
-        save_file(some, home / name / "model.safetensors", {"format": "pt"})
+    some = {name: w for name, w in weights.items() if ".layers.3." not in name}
+    save_file(some, home / "PARTLY" / "model.safetensors", {"format": "pt"})
 
     for file in FILES.split("--- ")[1:]:
         name, _, text = file.partition("\n")
@@ -797,8 +776,9 @@ def bad(world, tmp_path_factory):
 BAD = """
 do not fit       dfc.py --k 9999
 do not fit       dfc.py --excl .6 --excl-b .6
---seed           dfc.py --seed 9223372036854775808
-memory           dfc.py --dict 1000000000000
+1 or more        dfc.py --steps 0
+--max-new        dfc.py --max-new 0
+--longest        dfc.py --longest 9999
 diverged         dfc.py --lr 1e9
 layer 9          dfc.py --layer 9
 MISSING          dfc.py --model-a MISSING
@@ -806,15 +786,15 @@ MISSING          dfc.py --model-b MISSING
 no system role   dfc.py --model-a MODEL
 leaves out       dfc.py --model-a DROPS
 not in its file  dfc.py --model-a PARTLY
-not in its file  dfc.py --model-b PREFIXED
-a share of       dfc.py --excl .001
-a share of       dfc.py --excl inf
+--excl 0.001     dfc.py --excl .001
+--excl inf       dfc.py --excl inf
+--excl 0         dfc.py --excl 0 --recipe paper
 cannot use       dfc.py --model-b .
 cannot use       dfc.py --model-b tiny
-too few          dfc.py --tool-texts ONE.jsonl
-validation       dfc.py --tool-texts TWO.jsonl
+no train row     dfc.py --tool-texts ONE.jsonl
 row 2            dfc.py --tool-texts LONE.jsonl
 row 2            dfc.py --plain-texts BROKEN.jsonl
+row 2            dfc.py --plain-texts NULL.jsonl
 jsonl            dfc.py --plain-texts nowhere.jsonl
 FILE             dfc.py --out FILE/run
 another seed     dfc.py --out RUN --seed 5
@@ -833,7 +813,7 @@ less than 1      eval_toolcall.py RUN --rows 0
 jsonl            eval_toolcall.py --score ""
 --alpha          steer.py RUN --alpha strong
 --prompt         steer.py RUN --alpha 2
-finite           steer.py RUN --prompt Hi --alpha nan
+not finite       steer.py RUN --prompt Hi --alpha nan
 distinct         steer.py RUN --latents 1 1
 distinct         steer.py RUN --latents 999
 """
@@ -860,18 +840,18 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
     assert not Path("exploded").exists()
 
 
-def test_an_error_line_has_the_hubs_answer_and_no_signed_address(capsys):
+def test_an_error_line_ends_with_what_the_hub_answered(capsys):
     def main(argv):
         with dfc.errors_about("owner/name"):
             try:
-                raise OSError("429 for https://cdn/file?Signature=secret")
+                raise OSError("429 for https://hub/file")
             except OSError as e:
                 raise OSError("check your connection") from e
 
     assert dfc.cli(main) == 2
 
     error = capsys.readouterr().err
-    assert "owner/name: check your connection (429 for https://cdn/file)" in error
+    assert "owner/name: check your connection (429 for https://hub/file)" in error
 
 
 # ---- 7. Scores -----------------------------------------------------------------------------------
@@ -924,13 +904,15 @@ EXACT = """
 
 @pytest.mark.parametrize("line", cells_of(GOLDEN + CHOICES + EXACT), ids=" ".join)
 def test_the_scorers_golden_table(line):
-    *expected, gold, said = line
+    form, correctness, paper, exact, *words = line
+    gold, said = map(spell, words)
+    row = row_of(words[0])
 
-    s = ev.score(spell(said), row_of(gold))
+    s = ev.score(said, row)
 
-    names = "toolrl_format", "toolrl_correctness", "paper_overall", "exact"
-    assert [s[name] for name in names] == pytest.approx(list(map(float, expected)))
-    assert s["toolrl"] == s["toolrl_format"] + s["toolrl_correctness"]
+    assert s["exact"] == int(exact)
+    assert -1 + s["paper_format"] + 2 * s["paper_tool"] == int(paper)
+    assert make.toolrl_reward(said, gold) == pytest.approx(float(form) + float(correctness))
 
 
 def test_the_parser_raises_nothing_whatever_goes_in():
@@ -946,8 +928,9 @@ def test_the_parser_raises_nothing_whatever_goes_in():
         for name, values in ev.parse_calls(text).calls:
             assert isinstance(name, str)
             assert isinstance(json.loads(values), dict)
-        ev.score(text, TWO)
-        ev.score(text, NONE)
+        for row in (TWO, NONE):
+            ev.score(text, row)
+            make.toolrl_reward(text, row["output"])
 
 
 def test_hermes_blocks_are_the_same_calls_and_what_is_broken_is_called_but_never_exact():
@@ -965,7 +948,7 @@ def test_hermes_blocks_are_the_same_calls_and_what_is_broken_is_called_but_never
     for broken in (not_closed, spell("[ SHORT TIME { ]"), spell("[ ]") + hermes):
         s = ev.score(broken, TWO)
         assert s["called"] == 1
-        assert s["name"] == s["exact"] == 0
+        assert s["exact"] == 0
 
 
 def test_a_tag_in_a_value_is_read_or_makes_the_row_unreadable():
@@ -973,7 +956,6 @@ def test_a_tag_in_a_value_is_read_or_makes_the_row_unreadable():
     for tag in ("</think>", "<think>", "</tool_call>", "<|im_end|>"):
         row = row_of("THINK [ SHORT ]")
         row["output"] = row["output"].replace("Paris", tag)
-        assert ev.needs_tool(row)
         if ev.is_readable(row):
             readable.append(tag)
 
@@ -981,9 +963,8 @@ def test_a_tag_in_a_value_is_read_or_makes_the_row_unreadable():
 
 
 def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
-    for hits, low, high in ((8, 49.02, 94.33), (0, 0, 27.75)):
-        share = ev.wilson(hits, 10)
-        assert list(share.values()) == pytest.approx([10 * hits, low, high], abs=.01)
+    assert list(ev.wilson(8, 10).values()) == pytest.approx([80, 49.02, 94.33], abs=.01)
+    assert list(ev.wilson(0, 10).values()) == pytest.approx([0, 0, 27.75], abs=.01)
 
     after, before = np.random.default_rng(1).integers(0, 2, (2, 400))
     mean = 100 * (after - before).mean()
@@ -992,40 +973,40 @@ def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
     assert list(change.values()) == pytest.approx([mean, mean - half, mean + half], abs=.5)
 
 
-def totals_of(texts, rows):
-    scores = [ev.score(text, row) for text, row in zip(texts, rows)]
-    return ev.totals(scores, rows)
-
-
-def test_totals_keep_rows_that_need_a_tool_apart():
-    said = [spell(words) for words in ("[ WEATHER ]", "[ SHORT ]", "RESPONSE", "[ TIME ]")]
-
-    total = totals_of(said, [ONE, TWO, NONE, NONE])
-
-    figures = {}
-    for group, found in total.items():
-        shares = [found[name]["pct"] for name in ("exact", "called", "false_call")]
-        figures[group] = [found["n"], *shares]
-    assert figures == {  # rows; percent exact, called, false calls
-        "all": [4, 50, 75, 25],
-        "needs": [2, 50, 100, 0],
-        "none": [2, 50, 50, 50],
-    }
-    assert total["needs"]["toolrl"] == {"mean": (3 + 0) / 2}
-
-
-def test_chance_never_reads_the_question_and_leaves_out_rows_without_tools():
+def test_chance_never_reads_the_question_and_needs_rows_that_list_their_tools():
     empty = row_of("THINK [ EMPTY ]")
-    no_tools = {**NONE, "instruction": "no tools"}
+    rows = [empty, ONE, NONE]
 
-    lines = ev.chance([empty, ONE, NONE, no_tools])
+    first, drawn, response = (
+        ev.totals(answers, rows)["all"] for answers in ev.chance_answers(rows).values())
 
-    first = lines["chance: first tool with {}"]["all"]
-    response = lines["chance: always a response"]["all"]
-    assert first["n"] == 3
-    assert first["paper_tool"]["pct"] == 100
+    assert first["paper_tool"]["pct"] == drawn["paper_tool"]["pct"] == 100
     assert first["exact"]["pct"] == pytest.approx(100 / 3)
     assert response["exact"]["pct"] == pytest.approx(100 / 3)
+    many = ev.chance_answers([ONE] * 30)["random tool with {}"]
+    assert len(set(many)) == 3
+    assert ev.chance_answers([ONE, {**NONE, "instruction": "no tools"}]) == {}
+
+
+def test_the_table_shows_each_score_in_its_column_and_the_change_from_clean():
+    wrong = spell("THINK [ FIVE ]")
+    rows = [ONE, ONE, NONE, NONE]
+    right = [row["output"] for row in rows]
+
+    table, found = ev.tabulate({"clean": right, "patched": [wrong, "", wrong, right[3]]}, rows)
+
+    head, _, clean, patched = table.splitlines()
+    assert "2 need a tool" in head
+    assert "2 need none" in head
+    assert clean.split() == "clean 100.0 100.0 100.0 100.0 0.0".split()
+    cells = patched.split()  # exact, change [95 %], called, paper_tool; exact, false calls
+    assert cells[:3] == ["patched", "0.0", "-100.0"]
+    assert cells[-4:] == ["50.0", "50.0", "50.0", "50.0"]
+    assert found["patched"]["change"] == {"pp": -100, "lo": -100, "hi": -100}
+    assert "change" not in found["clean"]
+
+    cut, _ = ev.tabulate({"clean": [*right[:3], "No [cut]"]}, rows)
+    assert "1 of 4 answers were cut" in cut
 
 
 def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
@@ -1036,10 +1017,13 @@ def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
 
     assert call(ev, "--score", tmp_path / "a.jsonl") == 0
 
-    out = capsys.readouterr().out  # exact, called, toolrl, paper; exact and false calls
-    assert re.search(r"\n2 rows have an instruction[^+]*"
-                     r"a.jsonl +50.0 +50.0 +0.50 +50.0 +100.0 +0.0\n", out)
-    assert out.count("\nchance: ") == 3
+    out = capsys.readouterr().out  # exact, called, paper_tool; exact, false calls
+    assert re.search(r"a.jsonl +50.0 +50.0 +50.0 +100.0 +0.0\n", out)
+    assert "no chance lines" in out
+
+    (tmp_path / "b.jsonl").write_text(as_lines(right, wrong))
+    assert call(ev, "--score", tmp_path / "b.jsonl") == 0
+    assert "first tool with {}" in capsys.readouterr().out
 
 
 # ---- 8. Generate, reconstruct --------------------------------------------------------------------
@@ -1063,7 +1047,8 @@ def slowly(model, tokenizer, prompt, max_new, keep, v_D, everywhere=False):
             if token in ends:
                 break
             said.append(token)
-    return dfc.answer_prefix(prompt) + tokenizer.decode(said)
+    end = " [cut]" if len(said) == max_new else ""
+    return dfc.answer_prefix(prompt) + tokenizer.decode(said) + end
 
 
 @pytest.mark.parametrize("family", ["the pair", "Llama", "Qwen3Next", "Mistral", "Gemma2", "GPT2"])
@@ -1076,24 +1061,21 @@ def test_batched_answers_patched_once_or_at_every_token_equal_one_prompt_one_tok
     prompts = [dfc.prompt_of(row, tokenizer) for row in rows_in(TINY / "tools.jsonl", "test")[:5]]
     prompts.sort(key=len, reverse=True)
 
-    # five versions: clean, own activation in its place, random vectors added or in its place
-    own_ND = dfc.collect(model, tokenizer, prompts, 1).float()
-    random_3ND = 2 * own_ND.std() * torch.randn(3, *own_ND.shape)
-    v_VND = torch.stack([torch.zeros_like(own_ND), own_ND, *random_3ND])
-    keep_V = 1, 0, 1, 0, .5
+    # nothing or a random vector added, or random vectors put in its place
+    own_ND = dfc.collect([model], tokenizer, prompts, 1)[:, 0].float()
+    random_2ND = 2 * own_ND.std() * torch.randn(2, *own_ND.shape)
     clean, = ev.generate(model, tokenizer, prompts, 16)
-    said = ev.generate(model, tokenizer, prompts, 16, 1, keep_V, v_VND, at_once=2000)
+    added, = ev.generate(model, tokenizer, prompts, 16, 1, random_2ND[:1], most_tokens=400)
+    placed = ev.generate(model, tokenizer, prompts, 16, 1, random_2ND, True)
 
-    assert said[0] == clean
-    assert said[2] != clean
-    if family == "the pair":  # in others fp16 may change an answer
-        assert said[1] == clean
-    for keep, v_ND, texts in zip(keep_V, v_VND, said):
+    assert added != clean
+    for keep, v_ND, texts in ((1, 0 * own_ND, clean), (1, random_2ND[0], added),
+                              (0, random_2ND[0], placed[0]), (0, random_2ND[1], placed[1])):
         for v_D, prompt, text in zip(v_ND, prompts, texts):
             assert text == slowly(model, tokenizer, prompt, 16, keep, v_D)
 
     # at every token: in a hook around it
-    v_D = random_3ND[0, 0]
+    v_D = random_2ND[0, 0]
     with dfc.hooked(model, 1, lambda h_RTD: h_RTD + v_D):
         everywhere, = ev.generate(model, tokenizer, prompts, 16)
     for prompt, text in zip(prompts, everywhere):
@@ -1117,38 +1099,37 @@ def test_reconstructions_are_what_the_decoder_says():
     x_NMD = torch.randn(6, 2, 16) * 3 + 2
     xhat_NMD, f_NL = cc(x_NMD)
 
-    found = ev.reconstructions(cc, x_NMD, raw=True)
+    into_a, into_b = (ev.reconstructions(cc, x_NMD, m) for m in (0, 1))
 
-    # slowly, into both models
+    # slowly
     nothing_MD = cc.b_dec * cc.scale + cc.mean
-    lost_NMD, _ = cc(x_NMD * cc.scale + cc.mean)
     slow = {
-        "own activation": x_NMD,
+        "own vector": x_NMD,
         "reconstruction": xhat_NMD,
-        "mean only": nothing_MD.expand(6, 2, 16),
-        "reconstruction, raw": (lost_NMD - cc.mean) / cc.scale,
+        "no latent": nothing_MD.expand(6, 2, 16),
     }
-    for name, part in cc.parts().items():
-        wrote_NMD = torch.einsum("nl,lmd->nmd", f_NL[:, part], cc.W_dec[part])
-        slow[f"{name} alone"] = nothing_MD + wrote_NMD * cc.scale
-    for m, versions in enumerate(found.values()):
-        for name, slow_NMD in slow.items():
-            assert close(versions[name], slow_NMD[:, m])
-
-        # noise as long as the error
-        error_N = (xhat_NMD - x_NMD)[:, m].norm(dim=1)
-        assert not close(versions["noise, seed 0"], versions["noise, seed 1"])
-        for seed in range(3):
-            noise_ND = versions[f"noise, seed {seed}"] - x_NMD[:, m]
-            assert close(noise_ND.norm(dim=1), error_N)
-
-    # into B, encoded beside another vector of A
+    for part in cc.partitions():
+        wrote_NMD = torch.einsum("nl,lmd->nmd", f_NL[:, part.latents], cc.W_dec[part.latents])
+        slow[f"{part.name} alone"] = nothing_MD + wrote_NMD * cc.scale
     a_ND = x_NMD[:, 0]
-    for name, other_ND in (("mean A", a_ND.mean(0)), ("another's A", a_ND.roll(1, 0))):
+    for name, other_ND in (("mean A", a_ND.mean(0)), ("another A", a_ND.roll(1, 0))):
         other_NMD = x_NMD.clone()
         other_NMD[:, 0] = other_ND
-        slow_NMD, _ = cc(other_NMD)
-        assert close(found["B"][f"reconstruction, {name}"], slow_NMD[:, 1])
+        slow[f"reconstruction, {name}"], _ = cc(other_NMD)
+
+    # a partition is left out where it writes nothing; A's vector is exchanged for B alone
+    both = {"own vector", "reconstruction", "shared alone", "no latent", "noise"}
+    only_b = {"B-exclusive alone", "reconstruction, mean A", "reconstruction, another A"}
+    assert into_a.keys() == both | {"A-exclusive alone"}
+    assert into_b.keys() == both | only_b
+    for m, found in enumerate((into_a, into_b)):
+        for name in found.keys() - {"noise"}:
+            assert close(found[name], slow[name][:, m])
+
+        # noise as long as the error
+        noise_ND = found["noise"] - x_NMD[:, m]
+        assert close(noise_ND.norm(dim=1), (xhat_NMD - x_NMD)[:, m].norm(dim=1))
+        assert F.cosine_similarity(noise_ND[0], noise_ND[1], dim=0).abs() < .9
 
 
 @once
@@ -1163,54 +1144,42 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(world, run, tokenizer,
     rows = rows_in(world.rows, "test")
     prompts = [dfc.prompt_of(row, tokenizer) for row in rows]
     lengths = list(map(len, dfc.token_ids(tokenizer, prompts)))
-    longest = max(lengths)
     where = str(world.rows), tokenizer, "test"
 
-    assert run.longest_prompt == run.models["A"].config.max_position_embeddings - 12
-    assert ev.load_prompts(*where, longest) == (rows, prompts)
-    assert capsys.readouterr().out == ""
-
-    fit, _ = ev.load_prompts(*where, longest - 1)
-    assert fit == [row for row, length in zip(rows, lengths) if length < longest]
+    assert run.longest_prompt == 512 - 12
+    assert ev.load_prompts(*where, max(lengths)) == (rows, prompts)
+    fit, _ = ev.load_prompts(*where, max(lengths) - 1)
+    assert fit == [row for row, length in zip(rows, lengths) if length < max(lengths)]
     assert capsys.readouterr().out.startswith(f"{len(rows) - len(fit)} test rows left out")
 
     # one row of a kind, the system text alone
-    few, bare = ev.load_prompts(*where, longest, 1, "paper")
+    few, bare = ev.load_prompts(*where, 500, 1, "paper")
     assert len({row["kind"] for row in few}) == len(few)
     assert bare[0] == few[0]["instruction"]
 
 
 # ---- 9. Steering ---------------------------------------------------------------------------------
 @once
-def survey(run):
-    return steer.survey_latents(run)
+def dev(run):
+    """All dev prompts."""
+    return steer.read_prompts(run, "dev")
 
 
 @once
-def latents(run, survey):
+def ranking(run, dev):
+    return steer.rank(run, dev, "prompts")
+
+
+@once
+def latents(run, ranking):
     """The best A-exclusive one."""
-    return steer.choose_latents(run.cc, survey.ranking)
+    return steer.choose_latents(run.cc, ranking)
 
 
-def vectors_of(run, texts):
-    return ev.collect_both(run.models, run.tokenizer, texts, run.settings.layer)
-
-
-@once
-def slow_x(run):
-    """{"needs", "none": x_NMD of dev prompts, "tool", "plain": of dev texts}."""
-    rows = rows_in(run.settings.tool_texts, "dev")
-    texts = {"needs": [], "none": [], "tool": dfc.tool_prompts(rows, run.tokenizer, 300, 0)}
-    for row in rows:
-        kind = "needs" if ev.needs_tool(row) else "none"
-        texts[kind].append(dfc.prompt_of(row, run.tokenizer))
-
-    plain = []
-    for row in rows_in(run.settings.plain_texts):
-        if dfc.split_of(row) == "dev":
-            plain += dfc.chunks(row["text"], run.tokenizer)
-    texts["plain"] = plain[:300]
-    return {name: vectors_of(run, some) for name, some in texts.items()}
+def prompts_of_kind(run, split, needs):
+    """The prompts of a split that need a tool, or need none."""
+    rows = [row for row in rows_in(run.settings.tool_texts, split) if ev.needs_tool(row) is needs]
+    return [dfc.prompt_of(row, run.tokenizer) for row in rows]
 
 
 def test_cohens_d_is_the_textbook_value():
@@ -1244,194 +1213,191 @@ def test_latent_scaling_tells_a_feature_of_a_alone_from_one_b_has_too_in_any_uni
     cc.W_dec[3, 0, 4] = 1
     cc.W_dec[4, 1, 5] = 1
 
-    for scale in torch.tensor([[1., 1.], [10., .1]]):
-        cc.scale.copy_(scale[:, None])
-        x_NMD = cc.decode(f_NL)
-        x_NMD[:, 1, 1] += f_NL[:, 1] * scale[1]  # B has 1 as well: the mask alone hides it
+    cc.scale.copy_(torch.tensor([[10.], [.1]]))
+    x_NMD = cc.decode(f_NL)
+    x_NMD[:, 1, 1] += f_NL[:, 1] * .1  # B has 1 as well: the mask alone hides it
 
-        nu_error_L, nu_recon_L = steer.exclusivity(cc, x_NMD, f_NL)
+    nu_error_L, nu_recon_L = latent_scaling.exclusivity(cc, x_NMD, f_NL)
 
-        assert nu_error_L[:4].tolist() == pytest.approx([0, 1, 1, 0], abs=1e-4)
-        assert nu_recon_L[:4].tolist() == pytest.approx([0, 0, 1, 0], abs=1e-4)
-
-
-def test_latents_are_ranked_by_two_contrasts_of_dev_texts_in_the_authors_columns(
-        run, survey, slow_x):
-    for first, second in (("needs", "none"), ("tool", "plain")):
-        p_PL = run.cc.encode(slow_x[first])
-        q_QL = run.cc.encode(slow_x[second])
-        slow = {
-            "cohens_d": steer.cohens_d(p_PL, q_QL),
-            "auroc": steer.auroc(p_PL, q_QL),
-            "fire_rate_tool": (p_PL > 0).float().mean(0),
-            "fire_rate_nontool": (q_QL > 0).float().mean(0),
-        }
-        d_L = slow["cohens_d"]
-        best = d_L[d_L > 0].sort(descending=True).values
-
-        rows = [row for row in survey.ranking if row["contrast"] == f"{first}/{second}"]
-
-        assert [row["cohens_d"] for row in rows] == pytest.approx(best.tolist(), rel=1e-2)
-        for row in rows:
-            latent = row["feature_idx"]
-            for name, slow_L in slow.items():
-                assert row[name] == pytest.approx(slow_L[latent].item(), rel=1e-2, abs=1e-3)
-            assert (row["partition"] == "A-exclusive") is (latent < run.cc.n_a)
+    assert nu_error_L[:4].tolist() == pytest.approx([0, 1, 1, 0], abs=1e-4)
+    assert nu_recon_L[:4].tolist() == pytest.approx([0, 0, 1, 0], abs=1e-4)
 
 
-def test_delta_is_the_formula_alpha_one_the_identity_and_alpha_zero_takes_away():
+@pytest.mark.parametrize("contrast", ["prompts", "texts"])
+def test_latents_are_ranked_by_dev_prompts_or_dev_texts_in_the_authors_columns(
+        contrast, run, dev):
+    s = run.settings
+    groups = prompts_of_kind(run, "dev", True), prompts_of_kind(run, "dev", False)
+    if contrast == "texts":
+        groups = (dfc.tool_texts(s.tool_texts, run.tokenizer, "dev", 300, 0, False),
+                  dfc.plain_texts(s.plain_texts, run.tokenizer, "dev", 300))
+    p_PL, q_QL = (run.cc.encode(run.vectors(texts)) for texts in groups)
+    slow = {
+        "cohens_d": steer.cohens_d(p_PL, q_QL),
+        "auroc": steer.auroc(p_PL, q_QL),
+        "fire_rate_nontool": (q_QL > 0).float().mean(0),
+        "mean_tool": p_PL.mean(0),
+    }
+
+    rows = steer.rank(run, dev, contrast)
+
+    assert [row["cohens_d"] for row in rows] == sorted(slow["cohens_d"].tolist(), reverse=True)
+    for row in rows:
+        for name, slow_L in slow.items():
+            assert row[name] == pytest.approx(slow_L[row["feature_idx"]].item(), abs=1e-3)
+        assert (row["partition"] == "A-exclusive") is (row["feature_idx"] < run.cc.n_a)
+
+    # by default the best A-exclusive one is steered
+    best = [row["feature_idx"] for row in rows if row["feature_idx"] < run.cc.n_a]
+    assert steer.choose_latents(run.cc, rows) == best[:1]
+
+
+def test_what_latents_write_is_the_formula():
     cc = scaled(32, 4, 3)  # k = L: all survive
-    h_ND = torch.randn(6, 16) * 3
-    f_NL = cc.encode(torch.stack([h_ND, h_ND], 1))
+    f_NL = cc.encode(torch.randn(6, 2, 16) * 3)
 
-    for alpha in (0., 1., 4.):
-        slow_ND = torch.zeros(6, 16)
-        for latent in (3, 6, 20):  # 6 is B-exclusive and adds nothing
-            slow_ND += (alpha - 1) * f_NL[:, [latent]] * cc.W_dec[latent, 0] * cc.scale[0]
-        delta_ND = steer.delta(cc, f_NL, [3, 6, 20], alpha)
-        assert close(delta_ND, slow_ND)
-        assert delta_ND.any() == (alpha != 1)
+    slow_ND = torch.zeros(6, 16)
+    for latent in (3, 6, 20):  # 6 is B-exclusive and writes nothing
+        slow_ND += f_NL[:, [latent]] * cc.W_dec[latent, 0] * cc.scale[0]
 
-    # the same at every token, and along another direction
-    gone_ND = steer.delta(cc, f_NL, [0, 2], 0)
-    unit_D = F.normalize(torch.randn(16), dim=0)
-    along_ND = gone_ND.norm(dim=1, keepdim=True) * unit_D
-    assert gone_ND.any()
-    assert close(steer.take_away(cc, [0, 2])(h_ND), h_ND + gone_ND)
-    assert close(steer.take_away(cc, [0, 2], unit_D)(h_ND), h_ND - along_ND)
+    written_ND = steer.written(cc, f_NL, [3, 6, 20])
+    assert written_ND.any()
+    assert close(written_ND, slow_ND)
+    assert not steer.written(cc, f_NL, [6]).any()
 
 
-def test_controls_are_other_live_latents_the_best_first_and_differences_of_means(
-        run, survey, latents, slow_x):
+def test_control_directions_are_random_other_latents_and_both_differences_of_means(run, dev):
     cc = copy.deepcopy(run.cc)
-    f_NL = cc.encode(torch.cat(list(slow_x.values())))
-    d_L = steer.cohens_d(cc.encode(slow_x["needs"]), cc.encode(slow_x["none"]))
-    others = [l for l in range(cc.n_a) if f_NL[:, l].any() and l not in latents]
-    best = max(others, key=lambda l: d_L[l])
     cc.scale.uniform_(1, 2)  # directions are those of raw units
-    rows_nD = F.normalize(cc.W_dec[others, 0] * cc.scale[0], dim=1)
-    a_D, b_D = slow_x["needs"].mean(0)
-    none_D = slow_x["none"][:, 0].mean(0)
+    x = {needs: run.vectors(prompts_of_kind(run, "dev", needs)) for needs in (True, False)}
+    a_D, b_D = x[True].mean(0)
+    none_D = x[False][:, 0].mean(0)
 
-    units = steer.control_units(cc, survey, latents, 60)
-    two = steer.control_units(cc, survey, latents, 2)
+    directions = steer.control_directions(cc, dev, [3, 1])
 
-    assert len(units["random"]) == 10
-    assert close(units["A - B"], F.normalize(a_D - b_D, dim=0), 1e-3)
-    assert close(units["needs - none"], F.normalize(a_D - none_D, dim=0), 1e-3)
-    assert close(units["latents"].sort(0).values, rows_nD.sort(0).values)  # in whatever order
-    assert close(units["latents"][0], rows_nD[others.index(best)])
-    assert torch.equal(two["latents"], units["latents"][:2])
-
-
-def test_what_is_done_to_a_and_b_and_each_control_is_as_long_at_every_prompt(
-        run, survey, latents, monkeypatch):
-    dev = survey.dev
-    units = steer.control_units(run.cc, survey, latents, 3)
-    strengths = steer.Strengths(alpha=4., c=3., constant=3., along=3.)
-
-    done = steer.list_interventions(run.cc, survey, latents, dev, strengths, units)
-
-    write_ND = steer.delta(run.cc, dev.f_NL, latents, 2)
-    write_PD = write_ND[dev.needs_N]
-    strongest = write_PD.norm(dim=1).argmax()
-    needs_D = dev.x_NMD[dev.needs_N, 0].mean(0)
-    none_D = dev.x_NMD[~dev.needs_N, 0].mean(0)
-    unit_D = F.normalize(needs_D - none_D, dim=0)
-    along_N = (dev.x_NMD[:, 0] - (needs_D + none_D) / 2) @ unit_D
-    expected = [
-        ("down: A", -write_ND),
-        ("up: A", 3 * write_ND),
-        ("into B: B", write_PD.mean(0)),  # the same to all prompts
-        ("into B: B", write_PD[strongest]),
-        ("as in A: B", 3 * write_ND),
-        ("as in A: B", 3 * (needs_D - none_D)),
-        ("as in A: B", 3 * along_N.relu()[:, None] * unit_D),
-    ]
-    for todo, (kind_and_model, v_ND) in zip(done, expected, strict=True):
-        assert f"{todo.kind}: {todo.m}" == kind_and_model
-        assert close(todo.v_ND, v_ND.expand_as(write_ND), 1e-3)
-
-    # all measured together; a control of what is taken away is taken away
-    measured = []
-
-    def what_is_added(model, tokenizer, prompts, layer, v_VND, max_new):
-        measured.append(model)
-        return list(v_VND)
-
-    monkeypatch.setattr(steer, "outcomes", what_is_added)
-    for todo in done[:5]:
-        sign = -1 if todo.kind == "down" else 1
-        length_N1 = todo.v_ND.norm(dim=1, keepdim=True)
-        own_ND, controls = steer.measure(run, dev, todo)
-        assert todo.sign == sign
-        assert measured.pop() is run.models[todo.m]
-        assert torch.equal(own_ND, todo.v_ND)
-        for name, unit_nD in units.items():
-            slow_nND = sign * length_N1 * unit_nD[:, None]
-            assert close(torch.stack(controls[name]), slow_nND)
+    assert close(directions["A - B"], F.normalize(a_D - b_D, dim=0), 1e-3)
+    assert close(directions["needs - none"], F.normalize(a_D - none_D, dim=0), 1e-3)
+    assert close(directions["latents"], F.normalize(cc.W_dec[[3, 1], 0] * cc.scale[0]))
+    random_UD = directions["random"]
+    assert close(random_UD.norm(dim=1), torch.ones(10))
+    assert (random_UD @ random_UD.T - torch.eye(10)).abs().max() < .5
+    assert -.1 < random_UD.mean() < .1  # of all orthants
 
 
-def test_every_token_and_plain_text_are_for_thorough_alone(run, survey, latents, monkeypatch):
-    def no_change(model, tokenizer, prompts, layer, v_VND, max_new):
-        return [steer.Outcome([0, 1] * 10, 0., [])] * len(v_VND)
-
-    monkeypatch.setattr(steer, "outcomes", no_change)
-    monkeypatch.setattr(steer, "measure_plain_text", lambda *args: {"nats": {}})
-    quick, _, _ = steer.steer(run, survey, latents, 1)
-    thorough, _, _ = steer.steer(run, survey, latents, 1, thorough=True)
-
-    assert len(thorough.claims) == len(quick.claims) + 1
-    assert thorough.claims[-1].kind == "down, every token"
-    assert quick.plain_text is None
-    assert thorough.plain_text == {"nats": {}}
+def of_hits(hits, n=20, false_calls=0.):
+    """An Outcome with some exact calls of n."""
+    return steer.Outcome([1] * hits + [0] * (n - hits), false_calls, [])
 
 
-VERDICTS = """
- 10   20    +1   5   3   8   9   beyond every control
- 10   20    +1   5   .   8   9   beyond random
- 10   20    +1   0   3   8   9   no
- 10   20    +1   5  -2   8   9   beyond random
-  0   20    +1   5   3   8   9   no
--20  -10    -1   5   3   1   9   beyond every control
--20    0    -1   5   3   1   9   no
--20  -10    -1  -2   3   1   9   no
--20  -10    -1   5   .   .   .   beyond random
- 10   20    +1   .   .   .   .   a control itself
-"""  # effect lo, hi; sign; the lower end of the margin over each control (.: none of it)
+def test_a_change_stands_beside_controls_of_its_length_and_its_margin_is_over_the_strongest(
+        monkeypatch):
+    asked = []
+    v_ND = torch.randn(5, 4)
+    directions = {"random": F.normalize(torch.randn(2, 4)), "A - B": F.normalize(torch.randn(1, 4))}
+    clean = of_hits(15, false_calls=7.)
+    hits = {  # sign: of the change, two random controls, A - B; margin
+        1: ([18, 16, 17, 2], 5.),
+        -1: ([3, 14, 13, 19], 50.),
+    }
+
+    def look_up(run, m, prompts, v_VND):
+        asked.append((m, v_VND))
+        return [of_hits(n, false_calls=float(n)) for n in hits[sign][0]]
+
+    monkeypatch.setattr(steer, "outcomes", look_up)
+    for sign, (counts, margin) in hits.items():
+        result, _ = steer.measure_change(None, "B", None, v_ND, directions, clean, sign)
+
+        # added: the change itself, then controls as long on each prompt, with its sign
+        m, v_VND = asked.pop()
+        assert m == "B"
+        assert torch.equal(v_VND[0], v_ND)
+        for control_ND, u_D in zip(v_VND[1:], torch.cat([*directions.values()]), strict=True):
+            assert close(control_ND, sign * v_ND.norm(dim=1, keepdim=True) * u_D)
+
+        # percentage points of 20 prompts
+        own, *random, a_minus_b = [5 * (n - 15) for n in counts]
+        shown = {name: [c["pp"] for c in found] for name, found in result["controls"].items()}
+        assert result["effect"]["pp"] == pytest.approx(own)
+        assert shown == {"random": pytest.approx(random), "A - B": [pytest.approx(a_minus_b)]}
+        assert result["margin"]["pp"] == pytest.approx(margin)
+        assert result["clean"] == {"exact": 75, "false_calls": 7}
+        assert result["false_calls"] == counts[0]
+        assert result["controls"]["A - B"][0]["false_calls"] == counts[3]
 
 
-@pytest.mark.parametrize("line", cells_of(VERDICTS), ids=" ".join)
-def test_a_verdict_needs_the_intervals_of_effect_and_margins_beyond_0(line):
-    low, high, sign, *ends, verdict = line
-    sign = int(sign)
-    effect = {"lo": float(low), "hi": float(high)}
-    margins = {}
-    for name, end in zip(steer.CONTROLS, ends):
-        if end != ".":
-            margins[name] = {"lo": float(end), "hi": float(end) + 5}
+def test_strengths_come_from_dev_prompts_and_the_table_from_test_prompts(
+        run, dev, ranking, monkeypatch):
+    tried = []
+    changes = []
+    latents = [2, 5]
+    written_ND = functools.partial(steer.written, run.cc, latents=latents)
 
-    assert steer.verdict(effect, margins, sign) == verdict
+    def best_strength(run, m, prompts, v_ND, strengths):
+        assert close(v_ND, written_ND(prompts.f_NL))
+        tried.append((m, prompts.rows[0]["split"], strengths))
+        return {"A": 3., "B": 2.}[m]
+
+    def outcomes(run, m, prompts, v_VND):
+        assert prompts.rows[0]["split"] == "test"
+        return [of_hits({"A": 9, "B": 1}[m])._replace(answers=[m] * len(prompts.texts))]
+
+    def measure_change(run, m, prompts, v_ND, directions, clean, sign):
+        changes.append((m, sign, sum(clean.exact), v_ND, directions))
+        return {}, [m] * len(prompts.texts)
+
+    for stub in (best_strength, outcomes, measure_change):
+        monkeypatch.setattr(steer, stub.__name__, stub)
+    steering, answers, test = steer.steer(run, latents, ranking, dev, 1)
+
+    # strengths: alpha is 1 + the chosen factor
+    assert [split for _, split, _ in tried] == ["dev", "dev"]
+    assert [1 + c for c in tried[0][2]] == list(steer.ALPHAS)
+
+    # what is added, to which model, beside which clean answers
+    assert {row["split"] for row in test.rows} == {"test"}
+    test_ND = written_ND(test.f_NL)
+    most_1L = dev.f_NL[dev.needs_N].max(0, keepdim=True).values
+    expected = {
+        "ablated in A": ("A", -1, 9, -test_ND),
+        "scaled by 4 in A": ("A", 1, 9, 3 * test_ND),
+        "its maximum added to B": ("B", 1, 1, written_ND(most_1L).expand_as(test_ND)),
+        "copied from A into B, x 2": ("B", 1, 1, 2 * test_ND),
+    }
+    assert list(steering["changes"]) == list(expected)
+    for found, wanted in zip(changes, expected.values(), strict=True):
+        assert found[:3] == wanted[:3]
+        assert close(found[3], wanted[3])
+    assert (answers["clean A"][0], answers["clean B"][0]) == ("A", "B")
+
+    # control latents: the others of the partition, best separated first
+    own = [row["feature_idx"] for row in ranking if row["feature_idx"] < run.cc.n_a]
+    others = [latent for latent in own if latent not in latents]
+    rows_UD = F.normalize(run.cc.W_dec[others[:20], 0] * run.cc.scale[0])
+    assert close(changes[0][4]["latents"], rows_UD)
 
 
-def test_a_claim_is_the_change_from_clean_beside_that_of_each_control():
-    clean = steer.Outcome([1] * 20, 7., [])
-    own = steer.Outcome([0] * 20, 3., [])
+def test_outcomes_are_of_the_model_asked_for_and_keep_both_kinds_of_prompts_apart(
+        run, dev, monkeypatch):
+    def answers(model, tokenizer, texts, max_new, layer, v_VND):
+        right = [row["output"] for row in dev.rows]
+        call = spell("THINK [ SHORT ]")
+        return [right, [call] * len(texts)] if model is run.models["B"] else [[""] * len(texts)]
 
-    claim = steer.compare("down", "", -1, clean, own, {"random": [clean], "A - B": [own]})
+    monkeypatch.setattr(steer, "generate", answers)
+    n_needs = int(dev.needs_N.sum())
 
-    gone = {"pp": -100., "lo": -100., "hi": -100.}
-    assert claim.effect == gone
-    assert claim.false_calls == 3
-    assert claim.clean == {"exact": 100., "false_calls": 7.}
-    assert claim.controls["A - B"] == [{**gone, "false_calls": 3.}]
-    assert claim.margins["random"]["lo"] == 100  # beyond it, in the direction of the claim
-    assert claim.margins["A - B"]["pp"] == 0
-    assert claim.verdict == "beyond random"
+    right, always = steer.outcomes(run, "B", dev, None)
+    silent, = steer.outcomes(run, "A", dev, None)
+
+    assert right.exact == [1] * n_needs
+    assert right.false_calls == silent.false_calls == 0
+    assert silent.exact == always.exact == [0] * n_needs
+    assert always.false_calls == 100
 
 
-def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_less_false_calls(
-        run, monkeypatch):
+def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_minus_false_calls(
+        monkeypatch):
     found = {  # strength: exact calls of 9, false calls in percent
         .5: (0, 0.),
         1: (8, 5.),
@@ -1439,13 +1405,13 @@ def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_less_false_ca
         4: (9, 90.),
     }
 
-    def look_up(model, tokenizer, prompts, layer, v_VND, max_new):
+    def look_up(run, m, prompts, v_VND):
         counts = [found[v.item()] for v in v_VND]
-        return [steer.Outcome([1] * hits + [0] * (9 - hits), false, []) for hits, false in counts]
+        return [of_hits(hits, 9, false) for hits, false in counts]
 
     monkeypatch.setattr(steer, "outcomes", look_up)
     for strengths, best in (([.5, 1, 2, 4], 1), ([.5, 4], 4), ([.5, 2, 4], 2)):
-        assert steer.best_strength(run, "A", None, torch.ones(1), strengths) == best
+        assert steer.best_strength(None, "A", None, torch.ones(1), strengths) == best
 
 
 # ---- 10. The whole method ------------------------------------------------------------------------
@@ -1453,7 +1419,7 @@ def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_less_false_ca
 def metrics(world):
     """Of the world's run, evaluated and steered."""
     assert call(ev, world.run) == 0
-    assert call(steer, world.run, "--rows=1", "--thorough") == 0
+    assert call(steer, world.run, "--rows=1") == 0
     return dfc.read_metrics(world.run)
 
 
@@ -1464,36 +1430,29 @@ def test_a_run_is_evaluated_and_keeps_every_answer_and_total(world, metrics):
     for m, versions in metrics["evaluation"]["models"].items():
         for name, total in versions.items():
             said = [answer[m][name] for answer in answers]
-            assert total.items() >= totals_of(said, rows).items()
+            assert total.items() >= ev.totals(said, rows).items()
 
             if name != "clean":
                 before = versions["clean"]["needs"]["exact"]["pct"]
                 change = total["needs"]["exact"]["pct"] - before
                 assert total["change"]["pp"] == pytest.approx(change)
         for answer in answers:
-            assert answer[m]["own activation"] == answer[m]["clean"]
+            assert answer[m]["own vector"] == answer[m]["clean"]
 
 
-def test_a_run_is_steered_and_keeps_every_answer_and_claim(world, metrics):
+def test_a_run_is_steered_and_keeps_every_answer_and_change(world, metrics):
     lines = rows_in(world.run / "steer.jsonl")
     rows = [{"output": line["gold"]} for line in lines]
-    kinds = Counter(map(ev.needs_tool, rows))
 
-    steering = metrics["steering"]
+    for name, result in metrics["steering"]["changes"].items():
+        clean = ev.totals([line[f"clean {result['model']}"] for line in lines], rows)
+        total = ev.totals([line[name] for line in lines], rows)
+        assert result["clean"]["exact"] == pytest.approx(clean["needs"]["exact"]["pct"])
+        change = total["needs"]["exact"]["pct"] - clean["needs"]["exact"]["pct"]
+        assert result["effect"]["pp"] == pytest.approx(change)
+        assert result["false_calls"] == pytest.approx(total["none"]["false_call"]["pct"])
 
-    found = [f"{claim['kind']} {len(claim['controls'])}" for claim in steering["claims"]]
-    assert ", ".join(found) == ("down 4, up 4, into B 4, into B 4, as in A 4, as in A 0, "
-                                "as in A 0, down, every token 1")
-    for claim in steering["claims"]:
-        total = totals_of([line[claim["text"]] for line in lines], rows)
-        change = total["needs"]["exact"]["pct"] - claim["clean"]["exact"]
-        assert claim["effect"]["pp"] == pytest.approx(change)
-        assert claim["false_calls"] == pytest.approx(total["none"]["false_call"]["pct"])
-        assert claim["verdict"] == "too few rows"
-
-    assert steering["rows"] == {"needs": kinds[True], "none": kinds[False]}
-    assert len(lines) == 5
-    assert len(steering["plain_text"]["random"]) == 10
+    assert metrics["steering"]["rows"] == {"needs": 2, "none": 3}
     assert 0 < sum(metrics["l0"].values()) < 8.01
     assert "cohens_d,auroc,fire_rate_tool,fire_rate_nontool" in (
         world.run / "ranking.csv").read_text()
@@ -1516,22 +1475,22 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
     assert prompt.count(text) == 2  # said to the row whose tools have most words in common with it
 
     # the answers
-    f_NL = run.cc.encode(vectors_of(run, [prompt]))
-    v_VND = torch.stack([steer.delta(run.cc, f_NL, latents, alpha) for alpha in (1, 4)])
+    f_NL = run.cc.encode(run.vectors([prompt]))
+    v_VND = torch.stack([c * steer.written(run.cc, f_NL, latents) for c in (0, 3)])
     (clean,), (steered,) = ev.generate(
-        run.models["A"], run.tokenizer, [prompt], 12, layer, (1, 1), v_VND)
+        run.models["A"], run.tokenizer, [prompt], 12, layer, v_VND)
     assert f"alpha = 1\n{clean}" in out
     assert f"alpha = 4\n{steered}" in out
     assert steered != clean
 
-    # where the latent fires in the clean one
-    ids_1T = torch.tensor([dfc.token_ids(run.tokenizer, prompt.removesuffix("<think>") + clean)])
+    # where the latent is active in the clean one
+    read = prompt.removesuffix("<think>") + clean.removesuffix(" [cut]")
+    ids_1T = torch.tensor(dfc.token_ids(run.tokenizer, [read]))
     x = [dfc.residual_stream(model, ids_1T, layer)[0] for model in run.models.values()]
     f_T = run.cc.encode(torch.stack(x, 1))[:, latents[0]]
-    fires = {i: f for i, f in enumerate(f_T.tolist(), 1) if f > 0}
-    shown = re.findall(r"^ *(\d+) +['\"].* ([\d.]+)$", out, re.MULTILINE)
-    assert fires
-    assert {int(i): float(f) for i, f in shown} == pytest.approx(fires, abs=.01)
+    shown = re.findall(r"^ *(\d+) +['\"]", out, re.MULTILINE)
+    assert f_T.any()
+    assert [int(i) - 1 for i in shown] == f_T.nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("n", [20, 0])
@@ -1546,7 +1505,7 @@ def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
     folder = Path("runs/theirs--dfc-D8k")
     ours = dfc.load(folder)
     s = ev.open_run(folder).settings
-    assert (s.dict, s.k, s.n_a, s.n_b, s.tie_shared) == (64, 16, n, n, False)
+    assert (s.dict, s.k, ours.n_a, ours.n_b, ours.tied) == (64, 16, n, n, False)
     assert (s.layer, s.steps, s.l1_excl) == (1, 9, 0)
     assert torch.equal(ours.W_enc, theirs.W_enc)
     assert ours.scale.std(1).all()  # fitted again, for each coordinate
@@ -1581,7 +1540,7 @@ def test_the_pair_behaves_as_its_readme_says(models, tokenizer):
         said, = ev.generate(models[name], tokenizer, prompts, 64)
 
         # the intervals overlap
-        exact = totals_of(said, rows)["all"]["exact"]
+        exact = ev.totals(said, rows)["all"]["exact"]
         assert exact["lo"] <= int(high)
         assert int(low) <= exact["hi"]
 
@@ -1603,9 +1562,13 @@ def test_every_command_of_the_readme_is_understood(monkeypatch):
             runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
-def test_the_piece_in_the_readme_runs():
+def test_the_piece_in_the_readme_prints_its_figures(capsys):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     exec(code[1], {})
+
+    shares = list(map(float, re.findall(r"tensor\((.*?)\)", capsys.readouterr().out)))
+    assert shares[:2] == [0, 0]
+    assert shares[2:] == pytest.approx([.68, 0], abs=.25)
 
 
 def test_each_exercise_fails_as_it_stands_and_passes_with_its_solution():
@@ -1620,40 +1583,35 @@ def test_each_exercise_fails_as_it_stands_and_passes_with_its_solution():
             exec(skeleton + test, {})
 
 
-GENERATE = """generate batches_by_length token_ids answer_prefix hooked end_tokens pad_left prefill
-    answer_versions decode_greedily cache_argument"""
-SCORE = """score parse_calls parse_block parameters_of as_number after_thought Parsed responds
-    toolrl_format toolrl_correctness first_block match jaccard tool_names
-    listed_tools"""
+GENERATE = """generate batches_by_length token_ids answer_prefix hooked end_tokens decode_greedily
+    cache_argument"""
+SCORE = """score first_turn parse_calls parse_block parameters_of as_number after_thought Parsed
+    responds tool_names"""
 PIECES = {  # a piece and what to copy with it: an example
-    "Crosscoder keep_largest":
+    "Crosscoder Partition keep_largest":
         "Crosscoder(16, 32, 5, 4, 3, True)(x)",
-    "train batches has_bf16 keep_largest decode_active l1_penalty aux_loss schedule":
+    "train batches has_bf16 keep_largest decode_active l1_penalty aux_loss":
         "train(cc.requires_grad_(), x, 9, 16, 1e-2, dead_after=2), cc.W_enc",
     "fve":
         "fve(x, cc(x)[0])",
-    "collect batches_by_length longest_text token_ids residual_stream hooked DeepEnough":
-        "collect(model, tokenizer, ['abc', 'de'], 1)",
+    "collect batches_by_length token_ids residual_stream hooked LayerReached":
+        "collect([model, model], tokenizer, ['abc', 'de'], 1)",
     "chunks token_ids":
-        "chunks('One two. Three four! Five.', tokenizer, 4)",
+        "chunks(['One two. Three four! Five.'], tokenizer, 9, 4)",
     SCORE:
         "score(row['output'], row)",
     GENERATE:
-        "generate(model, tokenizer, ['An alarm', 'Hi'], 3, 1, (0,), x[None, :2, 0])",
-    "reconstructions beside_another_a":
-        "reconstructions(cc, x, True)",
+        "generate(model, tokenizer, ['An alarm', 'Hi'], 3, 1, x[None, :2, 0], True)",
+    "reconstructions":
+        "reconstructions(cc, x, 1)",
     "cohens_d":
         "cohens_d(x[:9, 0], x[9:, 0])",
     "auroc":
         "auroc(x[:9, 0], x[9:, 0])",
-    "delta written":
-        "delta(cc, cc.encode(x), [0, 20], 4)",
-    "take_away":
-        "take_away(cc, [0])(x[:, 0])",
-    f"outcomes Outcome {GENERATE} {SCORE}":
-        "outcomes(model, tokenizer, prompts, 1, x[None, :1, 0], 3)",
-    "verdict":
-        "verdict({'lo': 5, 'hi': 9}, {'random': {'lo': 2, 'hi': 4}}, 1)",
+    "written":
+        "written(cc, cc.encode(x), [0, 20])",
+    "control_directions":
+        "control_directions(cc, prompts, [0, 20])",
 }
 
 
@@ -1685,14 +1643,14 @@ def test_each_piece_can_be_copied_alone(names, tokenizer):
             "model": random_model("Qwen2"),
             "tokenizer": tokenizer,
             "row": ONE,
-            "prompts": steer.Prompts([ONE], ["Hi"], None, None, torch.tensor([True])),
+            "prompts": steer.Prompts(None, None, torch.randn(9, 2, 16), None, torch.arange(9) < 4),
         }
         results.append(str(eval(PIECES[names], {**there, **around})))
     assert results[0] == results[1]
 
 
 # ---- 12. Extras ----------------------------------------------------------------------------------
-def test_grid_cells_equal_steering_one_prompt_at_a_time_and_are_not_done_again(
+def test_grid_cells_equal_steering_one_cell_at_a_time_and_are_not_done_again(
         run, latents, tmp_path, monkeypatch):
     settings = dataclasses.replace(run.settings, max_new=40)
     run = dataclasses.replace(run, folder=tmp_path, settings=settings)
@@ -1703,61 +1661,45 @@ def test_grid_cells_equal_steering_one_prompt_at_a_time_and_are_not_done_again(
     counts = grid.answer(run, prompts, scalings)
 
     for scaling in scalings:
-        delta_ND = steer.delta(run.cc, prompts.f_NL, list(scaling.latents), scaling.alpha)
-        exact = []
-        for prompt, row, delta_D in zip(prompts.texts, prompts.rows, delta_ND):
-            if ev.needs_tool(row):
-                (said,), = ev.generate(run.models["A"], run.tokenizer, [prompt], 40,
-                                       run.settings.layer, v_VND=delta_D[None, None])
-                exact.append(ev.score(said, row)["exact"])
-        assert counts[scaling].exact == exact
+        written_ND = steer.written(run.cc, prompts.f_NL, list(scaling.latents))
+        outcome, = steer.outcomes(run, "A", prompts, (scaling.alpha - 1) * written_ND[None])
+        assert counts[scaling].exact == outcome.exact
 
     # again, without answering
-    monkeypatch.setattr(grid, "outcomes_in", None)
+    monkeypatch.setattr(grid, "outcomes", None)
     assert grid.answer(run, prompts, scalings) == counts
 
 
-def test_saturation_takes_the_first_n_latents_away_and_copies_them(run, survey):
+def test_saturation_takes_the_first_n_latents_away_and_copies_them(run, ranking):
     test = steer.read_prompts(run, "test", 1)
     scene = saturation.make_scene(run, "test", 1)
 
     sizes = saturation.saturate(run, scene)["sizes"]
 
-    best = steer.best_latents(survey.ranking, "A-exclusive")
+    best = steer.best_latents(ranking, "A-exclusive")
     for size in sizes:
         assert size["latents"] == best[:size["n"]]
     two = sizes[1]
     written_ND = steer.written(run.cc, test.f_NL, best[:2])
-    for m, sign, done in (("A", -1, "taken away"), ("B", two["c"], "as in A")):
-        outcome = steer.outcomes_in(run, m, test, sign * written_ND[None])[0]
+    for m, sign, done in (("A", -1, "ablated"), ("B", two["c"], "copied into B")):
+        outcome = steer.outcomes(run, m, test, sign * written_ND[None])[0]
         assert two[done]["latents"]["exact"] == 100 * np.mean(outcome.exact)
 
 
 def test_the_best_cell_is_chosen_on_dev_and_reported_on_test():
-    weak = grid.Scaling(2., (5,))
-    strong = grid.Scaling(4., (5,))
-    nothing = grid.Counts([0, 0], 0)
-    dev = {
-        grid.CLEAN: nothing,
-        weak: grid.Counts([0, 1], 0),
-        strong: grid.Counts([1, 1], 90),
-    }
-    test = {
-        grid.CLEAN: nothing,
-        weak: grid.Counts([1, 1], 3),
-        strong: grid.Counts([1, 0], 60),
-    }
-    cells = [grid.Cell("A", weak), grid.Cell("A", strong)]
+    cells = [grid.Cell("A", grid.Scaling(alpha, (5,))) for alpha in (2., 4.)]
+    dev, test = ({
+        grid.CLEAN: steer.Outcome([0, 0], 0, []),
+        cells[0].scaling: steer.Outcome(weak, 3, []),
+        cells[1].scaling: steer.Outcome(strong, 90, []),
+    } for weak, strong in (([0, 1], [1, 1]), ([1, 1], [1, 0])))
 
     best = grid.best_of(dev, test, cells)
     less_false = grid.best_of(dev, test, cells, less_false=True)
 
-    assert best.alpha == 4
-    assert best.test["pp"] == 50
-    assert best.false_calls == 60
-    assert less_false.alpha == 2
-    assert less_false.test["pp"] == 100
-    assert less_false.false_calls == 3
+    found = [(cell["alpha"], cell["test"]["pp"], cell["false_calls"])
+             for cell in (best, less_false)]
+    assert found == [(4, 50, 90), (2, 100, 3)]
 
 
 def test_the_lesson_runs_from_the_first_cell_to_the_last_also_without_pictures(world, monkeypatch):

@@ -1,20 +1,20 @@
-"""What dfc costs, beside the published loops and other libraries.
+"""How fast dfc is, beside the published loops and other libraries.
 
     python extras/bench.py            # training, whole runs and steps: eight minutes on 2 cores
     python extras/bench.py collect    # activations: half a minute
-    python extras/bench.py generate   # patched answers, the unit of every grid: a minute
+    python extras/bench.py generate   # patched answers, which every grid is made of: a minute
 
-"published" is the published way, written again. Training: fp32, dense products over all latents, a
+"published" is the authors' way, written again. Training: fp32, dense products over all latents, a
 second forward pass for statistics, .item() in every step. Collection: batches of 8 texts in their
-order, all layers kept. Answers: one prompt at a time, and all of it again for every version.
-Contenders take turns, so that what else the machine does hits all alike; printed are the median,
-the range, and how many times the first line. Only ratios within one run mean anything.
+order, all layers kept. Answers: one prompt at a time, read again for every version. Contenders
+take turns, so that other load on the machine hits all alike. Printed are the median, the range, and
+the ratio to the first line. Only ratios within one run mean anything.
 
-The figure to claim is the whole run's, with dead latents and their revival: single steps on fresh
-weights are faster. It is measured with the encoder's product in bf16, where bf16 pays, and without.
-Two other libraries train TopK autoencoders of both vectors laid end to end, the same products. The
-constraint keeps torch as it is; torchvision, which comes along, fits no CPU build of torch and then
-breaks transformers:
+The number to claim is that of whole runs, with dead latents and their revival: single steps on
+fresh weights are faster. A whole run is measured with and without bf16 for the encoder's product.
+Two other libraries train TopK autoencoders of both vectors laid end to end, which are the same
+products. The constraint keeps torch as it is. torchvision comes along, fits no CPU build of torch
+and then breaks transformers:
 
     pip install -c requirements.txt dictionary-learning eai-sparsify; pip uninstall torchvision
 
@@ -36,15 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies o
 import dfc
 import eval_toolcall as ev
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = dfc.Settings.device
 if DEVICE == "cpu":
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # eai-sparsify: triton compiles for GPUs only
 
 
 # ---- 1. Clocks -----------------------------------------------------------------------------------
-
 def seconds(act):
-    """How long act() takes, with what it left on the GPU."""
+    """How long act() takes, until the GPU is done as well."""
     began = time.perf_counter()
     act()
     if DEVICE == "cuda":
@@ -53,8 +52,9 @@ def seconds(act):
 
 
 def race(title, contenders, turns=5):
-    """Print the milliseconds of one part of each, in turns; the first turn only warms up.
-    contenders: {name: (a function, how many steps, texts or answers it does)}."""
+    """Print how long each contender takes, in milliseconds a part. They take turns, and the first
+    turn only warms up. contenders: {name: (a function, how many parts it does)}; a part is a step,
+    a text or an answer."""
     times = {name: [] for name in contenders}
     for turn in range(turns + 1):
         for name, (act, parts) in contenders.items():
@@ -72,7 +72,6 @@ def race(title, contenders, turns=5):
 
 
 # ---- 2. Training ---------------------------------------------------------------------------------
-
 def published_training(x_NMD, L, k, batch, n):
     """n steps of the published loop, as a function."""
     cc = dfc.Crosscoder(x_NMD.shape[2], L, k, L // 10, L // 10).to(DEVICE)
@@ -90,7 +89,7 @@ def published_training(x_NMD, L, k, batch, n):
             torch.nn.utils.clip_grad_norm_(cc.parameters(), 1.)
             opt.step()
 
-            # for its log: variance of the error, latents active
+            # for its log: variance of the error, active latents
             with torch.no_grad():
                 xhat_BMD, f_BL = cc(x_BMD)
                 (x_BMD - xhat_BMD).var().item()
@@ -112,7 +111,7 @@ def other_libraries(x_NMD, L, k, batch):
         from dictionary_learning.trainers.top_k import TopKTrainer
         from sparsify import SparseCoder, SparseCoderConfig
     except ImportError as e:
-        print(f"\nother libraries left out: {e}")
+        print(f"\nother libraries are left out: {e}")
         return {}
     x_BE = x_NMD[:batch].flatten(1)
     width = x_BE.shape[1]
@@ -133,19 +132,10 @@ def other_libraries(x_NMD, L, k, batch):
             "eai-sparsify, SparseCoder": (sparsify_step, 1)}
 
 
-def training_texts(s, tokenizer, n):
-    """n tool texts, of which the first half are whole prompts, then n plain ones."""
-    tool_texts, plain_texts = dfc.load_texts(
-        s.tool_texts, s.plain_texts, tokenizer, "train", n, "runs/cache")
-    return tool_texts + plain_texts
-
-
 def whole_runs(s, sample=20):
     """The training of python dfc.py with these settings, with and without bf16, in turns with
     `sample` steps of the published loop."""
-    tokenizer = dfc.load_tokenizer(s.model_a, s.model_b)
-    texts = training_texts(s, tokenizer, s.n_texts)
-    x_NMD = dfc.collect_pair(s.model_a, s.model_b, texts, s.layer, "runs/cache", DEVICE).to(DEVICE)
+    x_NMD = dfc.activations(s, "train", s.n_texts, s.seed, s.whole_prompts)
     size = (x_NMD, s.dict, s.k, s.batch)
     published = published_training(*size, sample)
 
@@ -164,19 +154,20 @@ def whole_runs(s, sample=20):
     print(f"\na whole run, {s.steps} steps of {s.batch} pairs, {s.dict} latents, k {s.k}")
     scaled = [s.steps / sample * spent for spent in samples]
     theirs = statistics.mean(scaled)
-    print(f"  published{theirs:28.1f} s, scaled from {sample} steps before and after each of ours "
+    print(f"  published{theirs:28.1f} s, scaled from {sample} steps before and after each of dfc's "
           f"({min(scaled):.1f}-{max(scaled):.1f})")
     for precision, spent in times.items():
         print(f"  dfc, with revival, {precision}{spent:14.1f} s  {theirs / spent:.2f} x")
 
 
 def single_steps(D, L, k, batch, n):
-    """Race n steps on random vectors, in which no latent is dead unless all are said to be."""
+    """Race n steps on random vectors. On these no latent is dead, unless dead_after says that all
+    are."""
     x_NMD = torch.randn(4 * batch, 2, D, device=DEVICE)
     size = (x_NMD, L, k, batch)
     contenders = {
         "dfc, no latent dead": (our_training(*size, n), n),
-        "dfc, every latent taken for dead": (our_training(*size, n, dead_after=-1), n),
+        "dfc, every latent counted as dead": (our_training(*size, n, dead_after=-1), n),
         "published": (published_training(*size, n), n),
     }
     contenders.update(other_libraries(*size))
@@ -184,19 +175,19 @@ def single_steps(D, L, k, batch, n):
 
 
 def train():
-    """The figure to claim, then single steps."""
-    whole_runs(dfc.Settings(dict=8192, k=45))
+    """The number to claim, then single steps."""
+    whole_runs(dfc.Settings(dict=8192, k=45, out="runs/bench"))  # its vectors go to runs/cache
     single_steps(128, 8192, 45, 1024, 5)
     if DEVICE == "cuda":
         single_steps(2048, 8192, 45, 1024, 100)
 
 
 # ---- 3. Collection and answers -------------------------------------------------------------------
-
 def collect():
     s = dfc.Settings()
     model, tokenizer = dfc.load_model(s.model_a, DEVICE)
-    texts = training_texts(s, tokenizer, 150)
+    texts = dfc.tool_texts(s.tool_texts, tokenizer, "train", 150)
+    texts += dfc.plain_texts(s.plain_texts, tokenizer, "train", 150)
 
     @torch.no_grad()
     def published():
@@ -207,7 +198,7 @@ def collect():
             h_BTD[range(len(h_BTD)), last_B].float().cpu()
 
     def ours():
-        dfc.collect(model, tokenizer, texts, s.layer)
+        dfc.collect([model], tokenizer, texts, s.layer)
 
     n = len(texts)
     race(f"collection, a text of {n}", {"dfc": (ours, n), "published": (published, n)})
@@ -219,8 +210,9 @@ def generate(versions=8, some=3):
     _, prompts = ev.load_prompts(s.tool_texts, tokenizer, "test", 4096)
     prompts = prompts[:40]
 
-    def answer(prompts, versions):  # patched with zeros: the clock does not mind what is added
-        ev.generate(model, tokenizer, prompts, 64, s.layer, [1.] * versions)
+    def answer(prompts, versions):  # adds zeros: what is added does not matter to the clock
+        v_VND = torch.zeros(versions, len(prompts), 1)
+        ev.generate(model, tokenizer, prompts, 64, s.layer, v_VND)
 
     def published():
         for prompt in prompts[:some]:
@@ -234,7 +226,6 @@ def generate(versions=8, some=3):
 
 
 # ---- 4. The program ------------------------------------------------------------------------------
-
 def main(argv=None):
     jobs = {"train": train, "collect": collect, "generate": generate}
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
@@ -247,4 +238,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    dfc.leave(dfc.cli(main))
+    raise SystemExit(dfc.cli(main))

@@ -1,12 +1,12 @@
 """A published crosscoder as a run, which eval_toolcall.py, steer.py and grid.py can open.
 
-The authors' files are model.pt (W_enc (2, D, L), b_enc (L), W_dec (L, 2, D), b_dec (2, D) and the
-masks of a DFC), config.json (sizes) and hparams.json (layer and training; where it says nothing,
-preset and recipe do). Models and texts are the preset's.
+The authors' files are model.pt (W_enc (2, D, L), b_enc (L), W_dec (L, 2, D), b_dec (2, D), and
+masks if it is a DFC), config.json (sizes) and hparams.json (layer and training). What these do not
+say is taken from the preset and from --recipe paper. Models and texts are the preset's.
 
-The mean and scale of the vectors that it was trained on are lost. There each coordinate had its
-own, of plain and tool texts apart. Fitted again are those of 300 tool texts, for prompts are tool
-texts: of plain text such a run tells little.
+The mean and scale of its training vectors were never saved. So they are fitted again, one of each
+for every coordinate, on 300 tool texts: prompts are tool texts. (The authors had one for plain
+texts besides.) On plain texts do not trust such a run.
 
     python extras/published.py antebe1/dfc-D8k-excl10-k45     # the paper's pair: a GPU, the hub
     python steer.py runs/antebe1--dfc-D8k-excl10-k45
@@ -15,16 +15,17 @@ texts: of plain text such a run tells little.
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 import dfc
 
-HPARAMS = {  # what hparams.json says, as an option of dfc.py
+SIZES = ("activation_dim", "dict_size", "k", "n_a", "n_b")  # of config.json, and of a Crosscoder
+HPARAMS = {  # a name in hparams.json: the option of dfc.py
     "layer": "layer",
     "steps": "steps",
     "lr": "lr",
@@ -41,15 +42,15 @@ def read_json(name, file):
 
 def read_checkpoint(name):
     """The crosscoder in a folder or a hub name, frozen; nothing in it is executed. Raises
-    ValueError, also where its latents lie in another order than ours: A, B, shared."""
-    sizes = read_json(name, "config.json")
-    names = "activation_dim", "dict_size", "k", "n_a", "n_b"
-    missing = [key for key in names if key not in sizes]
+    ValueError, also if its partitions lie in another order than ours."""
+    config = read_json(name, "config.json")
+    missing = [size for size in SIZES if size not in config]
     if missing:
-        raise ValueError(f"its config.json tells no {', '.join(missing)}")
-    cc = dfc.Crosscoder(*[sizes[key] for key in names])
+        raise ValueError(f"its config.json lacks {', '.join(missing)}")
+    cc = dfc.Crosscoder(**{size: config[size] for size in SIZES})
+
     state = torch.load(cached_file(name, "model.pt"), map_location="cpu", weights_only=True)
-    weights = {key: state[key] for key, _ in cc.named_parameters()}  # their masks are left out
+    weights = {key: state[key] for key, _ in cc.named_parameters()}  # without the masks
     cc.load_state_dict(weights, strict=False)  # mean and scale keep 0 and 1
     cc.confine(cc.W_enc, cc.W_dec)
     if not all(torch.equal(weights[key], own) for key, own in cc.named_parameters()):
@@ -58,8 +59,8 @@ def read_checkpoint(name):
 
 
 def read_training(name):
-    """What hparams.json tells, as options of dfc.py. Where there is no such file nothing, and a
-    line that says so. Raises OSError where the hub does not answer."""
+    """What hparams.json says, as options of dfc.py. Without such a file: nothing, and a line is
+    printed. Raises OSError if the hub does not answer."""
     try:
         theirs = read_json(name, "hparams.json")
     except OSError as e:
@@ -68,6 +69,17 @@ def read_training(name):
         print(f"{name} has no hparams.json: layer and training are taken from the preset")
         return {}
     return {HPARAMS[key]: value for key, value in theirs.items() if key in HPARAMS}
+
+
+def collect_tool_texts(s):
+    """The pair's vectors at chunks of tool texts, as published, 300 of the train and 300 of the dev
+    rows -> a list of two x_NMD. Raises ValueError."""
+    tokenizer = AutoTokenizer.from_pretrained(s.model_a)
+    train, dev = (dfc.tool_texts(s.tool_texts, tokenizer, split, 300, whole_prompts=False)
+                  for split in ("train", "dev"))
+    models = (dfc.load_model(name, s.device)[0] for name in (s.model_a, s.model_b))
+    x_NMD = dfc.collect(models, tokenizer, train + dev, s.layer, s.longest)
+    return x_NMD.split([len(train), len(dev)])
 
 
 def main(argv=None):
@@ -80,37 +92,32 @@ def main(argv=None):
         cc = read_checkpoint(args.name)
         training = read_training(args.name)
 
-    # its own sizes, layer and training
+    # settings: its own sizes, layer and training
     L = len(cc.b_enc)
-    asked = {"preset": args.preset, "recipe": "paper", "dict": L, "k": cc.k,
-             "excl": cc.n_a / L, "excl-b": cc.n_b / L, **training,
-             "out": args.out or f"runs/{args.name.strip('/').replace('/', '--')}"}
-    s = dfc.parse_args([f"--{key}={value}" for key, value in asked.items()])
+    options = {"preset": args.preset, "recipe": "paper", "dict": L, "k": cc.k,
+               "excl": cc.n_a / L, "excl-b": cc.n_b / L, **training,
+               "out": args.out or f"runs/{args.name.strip('/').replace('/', '--')}"}
+    s = dfc.parse_args([f"--{name}={value}" for name, value in options.items()])
     if Path(s.out).exists():
         raise ValueError(f"{s.out} is there already: give another --out")
 
-    # both models' vectors of tool texts, chunks as published
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cache = Path(s.out).parent / "cache"
-    tokenizer = dfc.load_tokenizer(s.model_a, s.model_b)
-    rows = list(dfc.read_rows(s.tool_texts, dfc.TOOL_ROW))
-    vectors = {}  # {split: x_NMD}
-    for split in ("train", "dev"):
-        texts = dfc.tool_chunks(
-            [row for row in rows if dfc.split_of(row) == split], tokenizer, 300)
-        vectors[split] = dfc.collect_pair(s.model_a, s.model_b, texts, s.layer, cache, device)
+    # mean and scale
+    dfc.check_pair(s)
+    train_NMD, dev_NMD = collect_tool_texts(s)
     with dfc.errors_about(f"{args.name} with {s.model_a}"):  # their widths may differ
-        cc.fit_scale(vectors["train"], each=True)
+        cc.fit_scale(train_NMD, s.scale)
 
-    metrics = {**dfc.measure(cc, vectors["train"], vectors["dev"]), "config": asdict(s),
-               "crosscoder": args.name, "loss": {}}  # nobody wrote the loss down
+    # the run
+    metrics = {**dfc.measure(cc, train_NMD, dev_NMD), "config": vars(s),
+               "crosscoder": args.name, "loss": {}}  # its loss was not published
     with dfc.atomically(Path(s.out)) as folder:
-        dfc.save(cc, folder)
+        cc.save_pretrained(folder)
+        (folder / "README.md").unlink()  # an empty model card
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    fve = metrics["fve"]
-    print(f"saved   {s.out}; of the variance of dev tool texts explained: A {fve['A']:.3f}, "
-          f"B {fve['B']:.3f}")
+    print("saved   {}; of the variance of dev tool texts it explains: A {A:.3f}, B {B:.3f}".format(
+        s.out, **metrics["fve"]))
 
 
 if __name__ == "__main__":
-    dfc.leave(dfc.cli(main))
+    raise SystemExit(dfc.cli(main))

@@ -1,20 +1,20 @@
-"""How many latents does it take? Take the first n away, or copy them into B, on many seeds.
+"""How many latents does it take? Ablate the first n, or copy them into B, on many seeds.
 
-The first n latents of a part are those that separate prompts best by Cohen's d on dev rows, of
-those that are larger where a tool is needed: A-exclusive ones, in a plain crosscoder all. At the
-prompt's last token
+The first n latents are those that separate dev prompts best by Cohen's d and are larger where a
+tool is needed. They are A-exclusive; of a plain crosscoder, shared. At the prompt's last token
 
-    taken away    A loses what they write                          how many calls are left?
-    as in A       c times that is added to B, c chosen on dev      how many calls appear?
+    ablated          what they write is subtracted from A: how many exact calls remain?
+    copied into B    c times what they write into A is added to B: how many exact calls appear?
+                     (c is chosen on dev prompts.)
 
-each beside what n latents drawn from the same part write, be it nothing, and beside one random
-direction, on each prompt as long as what the first n write. One dictionary is one draw of a
-lottery: hence many seeds, a thin line each in the picture.
+Both stand beside two controls: n latents drawn at random from the same partition, active or not;
+and a random direction, on each prompt as long as what the first n write. The dictionary's seed
+matters. So a figure is read over many seeds.
 
     python extras/saturation.py                     # the newest run: a minute on 2 CPU cores
-    python extras/saturation.py --all runs/many --seeds 10 11      # trains every kind below as well
+    python extras/saturation.py --all runs/many --seeds 10 11      # also trains every kind below
 
-What is done is not done again: stop it anywhere. Two processes, each with seeds of its own, divide
+Finished runs are skipped, so it can be stopped anywhere. Two processes with different seeds share
 the work.
 """
 
@@ -27,43 +27,42 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 import dfc
 from eval_toolcall import at_least_one, open_run, save_result
-from steer import (
-    Prompts,
-    best_strength,
-    cohens_d,
-    outcomes_in,
-    random_units,
-    read_prompts,
-    written,
-)
+from steer import Prompts, best_latents, best_strength, outcomes, rank, read_prompts, written
 
 SIZES = (1, 2, 3, 5, 10, 20, 40)
 KINDS = {  # name: how dfc.py trains it
     "preset": "",
     "plain": "--excl 0",
     "untied": "--no-tie-shared",
-    "with a B part": "--excl-b .1",
+    "with B-exclusive": "--excl-b .1",
     "as published": "--recipe paper",
     "1,024, k 16": "--dict 1024 --k 16",
     "8,192, k 45": "--dict 8192 --k 45",
 }
+COLUMNS = (  # of what is added a column of the tables
+    ("latents", "exact"),
+    ("latents", "false_calls"),
+    ("drawn", "exact"),
+    ("random", "exact"),
+)
 
 
 # ---- 1. What all dictionaries of a pair share ----------------------------------------------------
 @dataclass
 class Scene:
-    """Prompts and clean answers. All of it is the same for every dictionary but the prompts' f_NL,
+    """Prompts and clean answers. They are the same for every dictionary, except the prompts' f_NL,
     which saturate() replaces."""
 
     dev: Prompts      # for the ranking
-    few_dev: Prompts  # for strengths
+    few_dev: Prompts  # for c
     report: Prompts   # for results: dev or test rows
-    clean: dict       # before: {"A", "B": {"exact", "false_calls"}}, percent of these
+    clean: dict       # {"A", "B": {"exact", "false_calls"}} in percent of these
 
 
 def make_scene(run, split, most_rows):
@@ -77,7 +76,7 @@ def make_scene(run, split, most_rows):
 def measure(run, m, prompts, versions):
     """{name: what is added to model m, (N, D)} -> {name: {"exact", "false_calls"} in percent}."""
     out = {}
-    found = outcomes_in(run, m, prompts, torch.stack(list(versions.values())))
+    found = outcomes(run, m, prompts, torch.stack(list(versions.values())))
     for name, outcome in zip(versions, found):
         exact = 100 * float(np.mean(outcome.exact))
         out[name] = {"exact": exact, "false_calls": outcome.false_calls}
@@ -91,62 +90,76 @@ def saturate(run, scene):
     dev, few_dev, report = (replace(prompts, f_NL=cc.encode(prompts.x_NMD))
                             for prompts in (scene.dev, scene.few_dev, scene.report))
 
-    # the order of A's latents, or of the shared ones where A has none
-    d_L = cohens_d(dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
-    part = list(range(cc.n_a) or range(cc.n_b, len(d_L)))
-    order = sorted((latent for latent in part if d_L[latent] > 0), key=lambda latent: -d_L[latent])
+    # the latents in order, and the partition that they are of
+    name = "A-exclusive" if cc.n_a else "shared"
+    order = best_latents(rank(run, dev, "prompts"), name)
+    latents_of = {part.name: part.latents for part in cc.partitions()}
+    every = range(len(cc.b_enc))[latents_of[name]]
+
+    # a random direction, always the same
+    rng = torch.Generator().manual_seed(0)
+    random_1D = F.normalize(torch.randn(1, len(cc.mean[0]), generator=rng), dim=1).to(cc.mean)
 
     sizes = []
     for n in SIZES:
         if n > len(order):
             break
         latents = order[:n]
-        drawn = np.random.default_rng(n).choice(part, n, replace=False).tolist()
-        own_ND = written(cc, report.f_NL, latents)
-        random_ND = own_ND.norm(dim=1, keepdim=True) * random_units(1, cc.mean[0])
-        adds = {"latents": own_ND, "drawn": written(cc, report.f_NL, drawn), "random": random_ND}
+        drawn = np.random.default_rng(n).choice(every, n, replace=False).tolist()
 
+        own_ND = written(cc, report.f_NL, latents)
+        added = {
+            "latents": own_ND,
+            "drawn": written(cc, report.f_NL, drawn),
+            "random": own_ND.norm(dim=1, keepdim=True) * random_1D,
+        }
         c = best_strength(run, "B", few_dev, written(cc, few_dev.f_NL, latents), (.5, 1, 2, 4))
-        removed = measure(run, "A", report, {name: -v_ND for name, v_ND in adds.items()})
-        copied = measure(run, "B", report, {name: c * v_ND for name, v_ND in adds.items()})
-        sizes.append({"n": n, "latents": latents, "c": c, "taken away": removed, "as in A": copied})
+        ablated = measure(run, "A", report, {name: -v_ND for name, v_ND in added.items()})
+        copied = measure(run, "B", report, {name: c * v_ND for name, v_ND in added.items()})
+        sizes.append({"n": n, "latents": latents, "c": c, "ablated": ablated,
+                      "copied into B": copied})
     return {"sizes": sizes, "clean": scene.clean, "rows": int(report.needs_N.sum())}
 
 
-# ---- 3. Many dictionaries, and the table ---------------------------------------------------------
+# ---- 3. Many dictionaries, and the tables --------------------------------------------------------
 def train_all(kinds, seeds, where, options):
-    """Train what is missing of these kinds and seeds, with these options of dfc.py, and yield each
-    folder when it is there. Raises ValueError where one holds another run."""
+    """Train these kinds and seeds with these options of dfc.py, unless they are there, and yield
+    each folder. Raises ValueError if one holds another run."""
     for seed in seeds:
         for kind in kinds:
             folder = Path(where, f"{kind.replace(',', '').replace(' ', '-')}-seed{seed}")
-            asked = f"{options} {KINDS[kind]} --seed {seed}".split()
-            dfc.main([*asked, "--out", str(folder)])
+            given = f"{options} {KINDS[kind]} --seed {seed}".split()
+            dfc.main([*given, "--out", str(folder)])
             yield folder
 
 
-def print_table(results, intervention, added, figure):
-    """A line for each kind of dictionary: mean (range) over seeds, for each n; [how many have so
-    many latents], where not all."""
-    print(f"\n{intervention}, {added}: {figure}, %, mean (range) over seeds\n{'':14s}{'seeds':>6s}"
+def kind_of(folder):
+    """A folder's name without its seed: "preset" of preset-seed10."""
+    return re.sub(r"-seed\d+", "", folder.name)
+
+
+def print_table(results, change, added, score):
+    """A line for each kind of dictionary: mean (range) over seeds, for each n; [how many have n
+    latents], if not all. results: (kind, what saturate() returns) of each run."""
+    print(f"\n{change}, {added}: {score}, %, mean (range) over seeds\n{'':17s}{'seeds':>6s}"
           + "".join(f"{f'n = {n}':>16s}" for n in SIZES))
     for kind in dict.fromkeys(kind for kind, _ in results):
         runs = [result["sizes"] for own, result in results if own == kind]
         cells = ""
         for n in SIZES:
-            values = [size[intervention][added][figure]
+            values = [size[change][added][score]
                       for sizes in runs for size in sizes if size["n"] == n]
             cell = f"{np.mean(values):.0f} ({min(values):.0f}-{max(values):.0f})" if values else "-"
             if 0 < len(values) < len(runs):
                 cell += f" [{len(values)}]"
             cells += f"{cell:>16s}"
-        print(f"{kind:14s}{len(runs):6d}{cells}")
+        print(f"{kind:17s}{len(runs):6d}{cells}")
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="*", help="run folders (default: the newest)")
-    p.add_argument("--all", metavar="FOLDER", help="train dictionaries into this folder, first")
+    p.add_argument("--all", metavar="FOLDER", help="first train dictionaries into this folder")
     p.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of --all (all)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --all (0)")
     p.add_argument("--options", default="", help="of dfc.py, for all of them: '--preset smol'")
@@ -164,13 +177,13 @@ def main(argv=None):
         folders = train_all(args.kinds, args.seeds, args.all, args.options)
         total = len(args.kinds) * len(args.seeds)
 
-    load_model = cache(dfc.load_model)
+    get = cache(dfc.load_model)
     pair = None
     scene = None
     results = []
     key = f"saturation_{args.split}"
     for folder in tqdm(folders, "dictionaries", total, disable=None):
-        run = open_run(folder, load_model)
+        run = open_run(folder, get)
         s = run.settings
         own_pair = s.model_a, s.model_b, s.tool_texts, s.layer, s.max_new
         pair = pair or own_pair
@@ -178,22 +191,21 @@ def main(argv=None):
             raise ValueError(f"{run.folder} has other models, rows, layer or --max-new than the "
                              "first: make a table of each")
 
+        # what is there is not done again
         result = dfc.read_metrics(run.folder).get(key, {})
-        if result.get("asked") != args.rows:
+        if result.get("most_rows") != args.rows:
             scene = scene or make_scene(run, args.split, args.rows)
-            result = {**saturate(run, scene), "asked": args.rows}
+            result = {**saturate(run, scene), "most_rows": args.rows}
             save_result(run.folder, key, result, result["sizes"], f"{key}.jsonl")
-        kind = re.sub(r"-seed\d+", "", run.folder.name)
-        results.append((kind, result))
+        results.append((kind_of(run.folder), result))
 
     clean = result["clean"]["A"]
-    print(f"\n{result['rows']} {args.split} rows that need a tool: A as it is answers "
-          f"{clean['exact']:.0f} % exactly; false calls elsewhere {clean['false_calls']:.0f} %")
-    for intervention in ("taken away", "as in A"):
-        for added, figure in (("latents", "exact"), ("latents", "false_calls"), ("drawn", "exact"),
-                              ("random", "exact")):
-            print_table(results, intervention, added, figure)
+    print(f"\n{result['rows']} {args.split} prompts need a tool; clean A: {clean['exact']:.0f} % "
+          f"exact calls, and {clean['false_calls']:.0f} % false calls on the other prompts")
+    for change in ("ablated", "copied into B"):
+        for added, score in COLUMNS:
+            print_table(results, change, added, score)
 
 
 if __name__ == "__main__":
-    dfc.leave(dfc.cli(main))
+    raise SystemExit(dfc.cli(main))

@@ -1,20 +1,20 @@
-"""The table of a sweep: what reconstruction changes, over settings, and what of it is seed noise.
+"""The table of a sweep: what reconstruction changes, over settings, and how much is seed noise.
 
     python extras/table.py runs/sweep-tiny/*/*      # evaluated runs, as run_sweep.sh leaves them
 
-Each line is the mean +- standard deviation over settings (each the mean of its seeds) of what the
-reconstruction at the prompt's last token changes, in percentage points, on rows that need a tool:
-exact calls, and the paper's tool correctness. The published columns are computed from the 47 rows
-that the authors released (one of the 48 is missing; the paper's text says 31.1 and 6.8).
+Each line is a mean +- standard deviation over settings (each the mean of its seeds), in percentage
+points: by how much exact calls and the paper's tool correctness change when the reconstruction
+replaces the vector at the prompt's last token, on prompts that need a tool. The published columns
+are computed from the 47 rows that the authors released. (One of the 48 is missing; the paper's text
+says 31.1 and 6.8.)
 
-A difference says something only beside what seeds alone do. With several seeds a setting (SEEDS="0
-1 2" bash run_sweep.sh), each factor's largest difference between two levels is divided by the
-standard error that seed noise alone gives it: z. Of two levels without any effect it is about 0.8,
-of three 1.2: below 2 there is nothing to explain, and of twenty figures one or two are above it by
-luck.
+Compare a difference with what seeds alone do. With several seeds a setting (SEEDS="0 1 2" bash
+run_sweep.sh), each factor's largest difference between two levels is divided by its standard error
+under seed noise: z. Without any effect z is about 0.8 for two levels and 1.2 for three. Below 2
+there is nothing to explain, and of twenty z one or two are above it by luck.
 
-A run is here a dict: its settings as dfc.py saved them; "name" of its folder, which is its setting
-(one name, several seeds); "n", the test rows that need a tool; under a column's title the change.
+A run is here a dict: its settings; "name" of its folder, which is its setting (one name, several
+seeds); "n", the test prompts that need a tool; and the change under each column's title.
 """
 
 import argparse
@@ -60,15 +60,13 @@ PUBLISHED = {  # "k 1": the smallest k, and so on
     "crosscoder no L1": Published(31.0, 13.4, 11.5, 6.4),
 }
 N_PUBLISHED = {"k": 3, "dict": 2}  # how many sizes of each the published sweep has
-# what may not differ between the runs of one table
-SAME = ("model_a", "model_b", "tool_texts", "plain_texts", "template", "recipe", "layer", "steps",
-        "batch", "lr", "n_texts", "n")
+# in all else the runs of one table are equal
+VARIES = {"dict", "k", "excl", "excl_b", "l1_shared", "l1_excl", "seed", "out", "name", *COLUMNS}
 
 
-# --- 1. The runs ---------------------------------------------------------------------------------
-
+# ---- 1. The runs ---------------------------------------------------------------------------------
 def run_of(folder, metrics):
-    """What the table needs of an evaluated run."""
+    """The dict of an evaluated run."""
     evaluation = metrics["evaluation"]
     models = evaluation["models"]
     run = {**metrics["config"], "name": folder.name, "template": evaluation["template"],
@@ -83,7 +81,7 @@ def run_of(folder, metrics):
 
 def read(folders):
     """The evaluated runs among some folders, and how many are not evaluated yet. Raises ValueError
-    where there is none, or where they do not belong into one table."""
+    if there is none, or if they do not belong into one table."""
     runs = []
     waiting = 0
     for folder in map(Path, folders):
@@ -99,16 +97,15 @@ def read(folders):
     if not runs:
         raise ValueError("no evaluated run: bash run_sweep.sh")
     if len({(run["name"], run["seed"]) for run in runs}) < len(runs):
-        raise ValueError("a setting (the folder's name) stands twice with the same seed")
-    for key in SAME:
-        if len({run[key] for run in runs}) > 1:
-            raise ValueError(f"these runs differ in {key} (n: test rows that need a tool): make a "
-                             "table of each")
+        raise ValueError("a setting (the folder's name) is given twice with the same seed")
+    for key in runs[0]:
+        if key not in VARIES and len({run[key] for run in runs}) > 1:
+            raise ValueError(f"these runs differ in {key} (n: test prompts that need a tool): make "
+                             "a table of each")
     return runs, waiting
 
 
-# --- 2. The lines of the table -------------------------------------------------------------------
-
+# ---- 2. The lines of the table -------------------------------------------------------------------
 def line_names(run, sizes):
     """The lines a run belongs to. sizes: of "k" and "dict" all that occur in the table, sorted."""
     if run["excl"]:
@@ -118,7 +115,7 @@ def line_names(run, sizes):
         penalty = "L1" if run["l1_shared"] else "no L1"
         names = ["all", "crosscoder", f"crosscoder {penalty}"]
 
-    # with as many sizes as were published, the smallest stands beside the published smallest
+    # if there are as many sizes as were published, smallest stands beside smallest
     for key, n_published in N_PUBLISHED.items():
         name = key
         if len(sizes[key]) == n_published:
@@ -144,7 +141,7 @@ def lines_of(runs):
         for name in line_names(run, sizes):
             lines.setdefault(name, []).append(run)
 
-    # lines that nobody published come last
+    # unpublished lines come last
     order = [*PUBLISHED, *map(published_name, lines)]
     ordered = sorted(lines, key=lambda line: order.index(published_name(line)))
     return {line: lines[line] for line in ordered}
@@ -159,7 +156,7 @@ def by_setting(runs, column):
 
 
 def setting_means(runs, column):
-    """Of each setting the mean over its seeds."""
+    """The mean over seeds of each setting."""
     return [st.mean(seeds) for seeds in by_setting(runs, column)]
 
 
@@ -177,7 +174,7 @@ def print_table(runs):
         columns = [setting_means(line_runs, title) for title in COLUMNS]
         cells = "".join(f"{mean_and_sd(values):>15s}" for values in columns)
 
-        # the published figures, where there are some
+        # the published numbers, if there are any
         beside = ""
         paper = PUBLISHED.get(published_name(line))
         if paper:
@@ -186,12 +183,12 @@ def print_table(runs):
         print(f"{line:18s}{len(columns[0]):3d}{cells}{beside}")
 
 
-# --- 3. Beside what seeds alone do ---------------------------------------------------------------
-
+# ---- 3. Seed noise -------------------------------------------------------------------------------
 def difference(levels, column, sd):
-    """The largest difference of the levels' means, with its z. levels: the runs of each; sd: of
+    """The largest difference between levels' means, with its z. levels: the runs of each; sd: of
     seeds within a setting. A mean of S settings, each the mean of its seeds, has the variance
-    sum_s (1 / seeds of s) / S^2, times that of one seed."""
+
+        sd^2  sum_s (1 / seeds of s) / S^2"""
     means = []
     for runs in levels:
         settings = by_setting(runs, column)
@@ -199,14 +196,14 @@ def difference(levels, column, sd):
         means.append((st.mean(map(st.mean, settings)), variance))
     (low, low_variance), *_, (high, high_variance) = sorted(means)
 
-    # seeds that all agree tell nothing of the noise
+    # if all seeds agree, the noise is unknown
     error = sd * (low_variance + high_variance) ** .5 or float("nan")
     return f"{high - low:.1f} ({(high - low) / error:.1f})"
 
 
 def print_noise(runs):
-    """Seed noise, and each factor's largest difference between levels in units of it."""
-    # within a setting, the mean over settings
+    """Seed noise, and the z of each factor's largest difference between levels."""
+    # the standard deviation within a setting, pooled over settings
     sds = {}
     for title in COLUMNS:
         settings = by_setting(runs, title)
@@ -226,7 +223,7 @@ def print_noise(runs):
     factors["DFC or crosscoder"] = ["DFC", "crosscoder"]
     factors["free or penalised"] = ["DFC free", "DFC penalised"]
 
-    # what a factor does, in units of the noise
+    # the largest difference of each factor
     print("\nlargest difference between two levels (z)")
     for factor, names in factors.items():
         levels = [lines[name] for name in names if name in lines]
@@ -241,11 +238,11 @@ def main(argv=None):
     args = p.parse_args(argv)
 
     runs, waiting = read(args.runs)
-    print(f"{len(runs)} runs, {runs[0]['n']} test rows that need a tool; {waiting} more are not "
-          "evaluated\n")
+    print(f"{len(runs)} runs, {runs[0]['n']} test prompts that need a tool; {waiting} more "
+          "runs are not evaluated\n")
     print_table(runs)
     print_noise(runs)
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    raise SystemExit(cli(main))

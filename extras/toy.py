@@ -1,27 +1,28 @@
-"""A planted ground truth: does the crosscoder find concepts that only one model has?
+"""Planted concepts: does the crosscoder find those that only one model has?
 
 Two "models" are linear readouts of the same sparse concepts (the toy world of arXiv 2602.11729).
 Each text activates a few of C concepts, and model m's vector is the sum of their directions in m.
 Some concepts have a direction in A only, some in B only, the rest in both:
 
-    x_m = sum_c  s_c  d_{c,m} + noise      s_c > 0 on active concepts;  d_{c,m} = 0 where m lacks c
+    x_m = sum_c  s_c  d_{c,m} + noise      s_c > 0 on active concepts;  d_{c,m} = 0 if m lacks c
 
-The directions of shared concepts are the same in both models up to a small turn.
+A shared concept has nearly the same direction in both models: each is turned a little.
 
     python extras/toy.py            # 4 crosscoders, 3 seeds each: half a minute on 2 CPU cores
 
-A latent counts as exclusive to a model that holds 95 % of its norm, which makes sense of a plain
-crosscoder too. A concept is recovered when the decoder row of one of these, a live one, has cosine
-> 0.8 with it. Printed, as mean and range over seeds: the recall of A-only and B-only concepts, and
-false positives, the share of exclusive latents that stand for no concept of their model alone.
+A latent counts as exclusive to a model that holds 95 % of its norm. So a plain crosscoder can be
+graded too. A concept is recovered if the decoder row of a live exclusive latent has cosine > 0.8
+with it. Printed are mean and range over seeds of two shares: the recall of A-only and B-only
+concepts, and the false positives, exclusive latents that stand for no concept of their model alone.
 
-Measured (recall of A-only / B-only concepts, mean over 3 seeds): tied .83 / .88, untied 1.00 / .21,
-published recipe .79 / .50, plain 1.00 / 1.00. So where concepts are independent and every one has a
-latent to itself, the plain crosscoder needs no partition. A partition of the right size misplaces a
-few, and the draw decides which: untied, over eight seeds, B-only lies anywhere between 0 and 1.
+Measured recall of A-only / B-only concepts, mean over 3 seeds: tied .83 / .88, untied 1.00 / .21,
+published recipe .79 / .50, plain 1.00 / 1.00. So a plain crosscoder needs no partition if concepts
+are independent and each has a latent to itself. A partition of the right size misplaces a few
+concepts, and the seed decides which. Over eight seeds of "untied", the recall of B-only concepts
+lies anywhere between 0 and 1.
 
-Shapes as in dfc.py (N vectors, M = 2 models, D width, L latents, k active ones), and C concepts; E
-latents that are exclusive to one model and P concepts that it alone has.
+Shapes as in dfc.py (N vectors, M = 2 models, D width, L latents), and C concepts; E latents that
+are exclusive to one model and P concepts that it alone has.
 """
 
 import argparse
@@ -38,10 +39,10 @@ from eval_toolcall import at_least_one
 
 N_ONLY = 8  # concepts of A alone, and as many of B alone
 
-VARIANTS = {  # name: how fit() is told to train it
+VARIANTS = {  # name: options of fit()
     "DFC, tied": {"tied": True},
     "DFC, untied": {},
-    "DFC, recipe paper": {"recipe": "paper"},
+    "DFC, recipe paper": {"fair_start": False, "l1": "mean", "revive": 0, "schedule": False},
     "plain crosscoder": {"share": 0.},
 }
 
@@ -55,10 +56,10 @@ def plant(C=64, D=48, N=20_000, active=4, seed=0):
     """Vectors of both models, and the directions they are made of.
 
     The first N_ONLY concepts are A's, the next B's, the rest shared. `active` concepts make a
-    vector. -> (x_NMD, d_CMD); a direction is zero where the model lacks it."""
+    vector. -> (x_NMD, d_CMD); a direction is zero if the model lacks it."""
     g = torch.Generator().manual_seed(seed)
 
-    # directions: unit vectors, those of a concept alike in both models but for a small turn
+    # directions of length 1; each model's is turned a little
     d_CMD = F.normalize(torch.randn(C, 1, D, generator=g), dim=-1)
     turn_CMD = F.normalize(torch.randn(C, 2, D, generator=g), dim=-1)
     d_CMD = F.normalize(d_CMD + .1 * turn_CMD, dim=-1)
@@ -76,39 +77,35 @@ def plant(C=64, D=48, N=20_000, active=4, seed=0):
     return x_NMD, d_CMD
 
 
-def fit(x_NMD, share=.1, tied=False, L=96, k=4, steps=1200, seed=0, recipe="dfc"):
-    """A crosscoder on planted vectors, trained as dfc.py trains; share: of the latents for A alone,
-    and as much for B alone."""
+def fit(x_NMD, share=.1, tied=False, L=96, k=4, steps=1200, seed=0, fair_start=True, **how):
+    """A crosscoder trained on planted vectors. share: of the latents for A alone, and as much for B
+    alone. how: goes to train()."""
     torch.manual_seed(seed)
     n_exclusive = int(share * L)
-    cc = Crosscoder(x_NMD.shape[2], L, k, n_exclusive, n_exclusive, tied)
+    cc = Crosscoder(x_NMD.shape[2], L, k, n_exclusive, n_exclusive, tied,
+                    random_encoder=not fair_start)
 
-    # start, as dfc.py does under each recipe; one scale a model does: coordinates are alike
-    cc.fit_scale(x_NMD)
-    if recipe == "paper":  # encoder and decoder drawn independently
-        cc.W_enc.data.normal_(std=cc.W_enc.std().item())
-    else:
+    cc.fit_scale(x_NMD)  # one scale a model, also for the published recipe: coordinates are alike
+    if fair_start:
         cc.fair_start(x_NMD[:4096])
-
-    train(cc, x_NMD, steps, batch=256, lr=2e-2, l1_shared=1e-4, l1_excl=1e-4, seed=seed,
-          recipe=recipe)
+    train(cc, x_NMD, steps, batch=256, lr=2e-2, l1_shared=1e-4, l1_excl=1e-4, seed=seed, **how)
     return cc
 
 
 @torch.no_grad()
 def grade(cc, x_NMD, d_CMD, m):
     """How well model m's exclusive latents stand for the concepts only it has (m: 0 = A, 1 = B)."""
-    # live latents: they fire on some vector
+    # live latents: active on some vector
     live_L = cc.encode(x_NMD).gt(0).any(0)
 
-    # exclusive ones: m holds 95 % of the norm, by the mask or, without a partition, by training
+    # exclusive ones: m holds 95 % of the norm, by the partition or, in a plain crosscoder, learned
     norm_LM = cc.W_dec.norm(dim=-1)
     exclusive_L = norm_LM[:, m] > .95 * norm_LM.sum(1)
     rows_ED = cc.W_dec[live_L & exclusive_L, m]
     if not len(rows_ED):
         return Grade(recall=0., false_positives=0.)
 
-    # a latent stands for a concept where their cosine is over .8
+    # a latent stands for a concept if their cosine is over .8
     only_PD = d_CMD[m * N_ONLY:(m + 1) * N_ONLY, m]
     cosine_EP = F.normalize(rows_ED, dim=-1) @ only_PD.T
     recovered_P = cosine_EP.max(0).values > .8
@@ -117,7 +114,7 @@ def grade(cc, x_NMD, d_CMD, m):
 
 
 def mean_and_range(over_seeds):
-    """`mean (min-max)` of a figure, as wide as a column of the table."""
+    """`mean (min-max)`, as wide as a column of the table."""
     return f"{over_seeds.mean():.2f} ({over_seeds.min():.2f}-{over_seeds.max():.2f})  "
 
 
@@ -130,18 +127,18 @@ def main(argv=None):
     print(f"{'':20s}recall, mean (range)                false positives, mean (range)")
     print(f"{'':20s}A-only            B-only            A-only            B-only")
     for name, options in VARIANTS.items():
-        figures = []  # a row for each seed, in the order of the table's columns
+        shares = []  # a row for each seed, in the order of the table's columns
         for seed in range(args.seeds):
             x_NMD, d_CMD = plant(seed=seed)
             cc = fit(x_NMD, seed=seed, steps=args.steps, **options)
 
             a = grade(cc, x_NMD, d_CMD, 0)
             b = grade(cc, x_NMD, d_CMD, 1)
-            figures.append([a.recall, b.recall, a.false_positives, b.false_positives])
+            shares.append([a.recall, b.recall, a.false_positives, b.false_positives])
 
-        cells = "".join(mean_and_range(column) for column in torch.tensor(figures).T)
+        cells = "".join(mean_and_range(column) for column in torch.tensor(shares).T)
         print(f"{name:20s}{cells}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    raise SystemExit(cli(main))
