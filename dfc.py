@@ -9,8 +9,8 @@ DFC is from arXiv 2602.11729.)
     z_m    = (x_m - mean_m) / scale_m               (1) the normalised vector of model m
     pre    = sum_m z_m W_enc[m] + b_enc             (2) forbidden (m, latent) weights are zero
     f      = the k largest of pre, if positive      (3) all others are 0; the paper writes z for f
-    zhat_m = sum_l f_l W_dec[l, m] + b_dec[m]       (4) in raw units: zhat_m scale_m + mean_m
-    loss   = mean (z - zhat)^2                      (5)
+    zhat_m = sum_l f_l W_dec[l, m] + b_dec[m]       (4) and xhat_m = zhat_m scale_m + mean_m
+    loss   = mean (z - zhat)^2                      (5) over pairs, models and coordinates
              + mean sum_l lambda_l f_l |W_dec[l]|   (6) L1 penalty; the length is over both models
              + revive * aux                         (7) revival of dead latents, see aux_loss()
 
@@ -18,14 +18,16 @@ DFC is from arXiv 2602.11729.)
 
 n_a = n_b = 0 is the plain crosscoder, the paper's baseline. n_a = n_b = L / 2 is two autoencoders
 that share the k places. Shapes are suffixes, as in x_BMD: B vectors of a batch, N in all, M = 2
-models (0 is A, 1 is B), D residual width, L latents, k active latents, T tokens.
+models (0 is A, 1 is B), D residual width, L latents, k active latents, T tokens, E = M D. Settings
+are in section 5, small helpers in section 6.
 
     python dfc.py                          # the toy pair in tiny/: half a minute on an idle laptop
-    python dfc.py --dict 8192 --k 45       # with the paper's smaller dictionary: a minute
+    python dfc.py --dict 8192 --k 45       # as many latents as the paper's smaller dictionaries
     python dfc.py --excl 0                 # the plain crosscoder
     python dfc.py --recipe paper           # trained as published
     python dfc.py --preset smol            # a real language model, made by extras/smol.py
     python dfc.py --preset paper           # Qwen2.5-3B and ToolRL (a GPU, the Hugging Face hub)
+    bash run_sweep.sh                      # the paper's 48 settings, scaled to the toy pair
 """
 
 import argparse
@@ -72,10 +74,11 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
     their gradients, so they stay zero, and the forward pass needs no mask.
 
     tied: a shared latent writes the same row into both models (--tie-shared). Untied, a difference
-    between A and B can hide in a shared latent, whose two rows may differ. Tied, it has to go
-    through exclusive latents. If B has none (n_b = 0), what only B has is written by a shared
-    latent and cancelled in A by an A-exclusive one. Without exclusive latents tied models could
-    differ by a constant only, so there `tied` has no effect.
+    between A and B can hide in a shared latent, whose two rows differ. Tied, it must use exclusive
+    latents. Mind the default n_b = 0: what only B has is then written into both by a shared latent
+    and cancelled in A by an A-exclusive one. So an A-exclusive latent may stand for something that
+    RL removed. Without exclusive latents tied models could differ by mean, scale and b_dec only, so
+    there `tied` has no effect.
 
     random_encoder: as published, the encoder is drawn apart from the decoder (--no-fair-start).
 
@@ -128,7 +131,8 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
     def confine(self, W_enc, W_dec):
         """Zero, in place, what exclusive latents may not read or write, and replace the two rows of
         a tied latent by their mean. For weights before training and for gradients in each step.
-        (The gradient of a tied row would be the sum of the two: Adam ignores the factor 2.)"""
+        (The gradient of a tied row would be the sum of the two. Adam ignores the factor 2; the norm
+        by which gradients are clipped is a little smaller.)"""
         a, b = self.n_a, self.n_a + self.n_b
         W_enc[1, :, :a] = W_dec[:a, 1] = 0      # A-exclusive latents do not read or write B
         W_enc[0, :, a:b] = W_dec[a:b, 0] = 0    # B-exclusive latents do not read or write A
@@ -165,8 +169,8 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
         evaluates on vectors that are not normalised.
 
         scale "model": one number for each model, its root mean square. Directions stay as they are.
-        scale "coordinate": one for each coordinate, as published (there, one for tool texts and
-        another for plain texts; a crosscoder can keep one)."""
+        scale "coordinate": the standard deviation of each coordinate, as published (there, one for
+        tool texts and another for plain texts; a crosscoder can keep one)."""
         self.mean.copy_(x_NMD.float().mean(0))
         self.scale.copy_((x_NMD - self.mean).pow(2).mean((0, 2))[:, None].sqrt())
         if scale == "coordinate":
@@ -174,8 +178,8 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def fair_start(self, x_BMD):
-        """Scale the encoder until the pre-activations of all partitions have the same spread, that
-        of the last partition (the shared latents, if there are any).
+        """Scale the encoder once: then the pre-activations of all partitions have the same spread,
+        that of the last partition (the shared latents, if there are any).
 
         An exclusive latent reads one model, a shared one two. With the published initialisation
         exclusive latents are selected several to dozens of times less often at first, and many
@@ -205,8 +209,9 @@ def l1_penalty(mean_L, lambda_L, W_dec, l1="sum"):
     """(6), where mean_L is the mean of f over the batch.
 
     "sum": over latents, each weighted by the length of its two rows together. Unweighted, the
-    dictionary could shrink f for free and make the rows longer. A shared latent costs up to sqrt(2)
-    times as much as an exclusive one. lambda = 2e-5 makes the penalty 1 to 10 % of the loss.
+    dictionary could shrink f for free and make the rows longer. With rows of equal length a shared
+    latent costs sqrt(2) times as much as an exclusive one. On the toy pair lambda = 2e-5 makes the
+    penalty 2 % of the loss.
     "mean": over latents, unweighted, as the published code has it. Its lambda = 1e-3 makes the
     penalty 0.1 % of the loss, so the paper's "penalised" and "free" settings hardly differ."""
     if l1 == "mean":
@@ -223,7 +228,7 @@ def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
     they write. Each partition has 2 k places of its own, or the many shared latents would fill them
     all. The error is detached: live latents must not learn from it. A dead latent whose pre is
     negative on all of these vectors learns nothing in this step."""
-    n_pairs = 1 + len(z_BMD) // 4  # a quarter of the batch revives as many
+    n_pairs = 1 + len(z_BMD) // 4  # a quarter of the batch revives as many latents as all of it
     error_BMD = (z_BMD - zhat_BMD).detach()[:n_pairs]
 
     total = z_BMD.new_zeros(())
@@ -258,8 +263,8 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1="sum", l1_shared=2e-5, l1_exc
     order = batches(len(x_NMD), batch, seed)
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
 
-    # bf16 for the product (2) of a large dictionary. A small one gains nothing, and its training
-    # should not depend on the device
+    # speed: bf16 for the product (2) of a large dictionary, where rounding depends on the device. A
+    # small one gains nothing
     bf16 = has_bf16(x_NMD.device) and len(cc.b_enc) >= 4096
 
     lambda_L = torch.full_like(cc.b_enc, l1_shared)
@@ -294,7 +299,7 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1="sum", l1_shared=2e-5, l1_exc
         opt.zero_grad()
         terms.sum().backward()
         cc.confine(cc.W_enc.grad, cc.W_dec.grad)  # tied rows get one gradient: they stay equal
-        nn.utils.clip_grad_norm_(cc.parameters(), 1.)
+        nn.utils.clip_grad_norm_(cc.parameters(), 1.)  # as published
 
         # step
         if schedule:  # a constant rate leaves the noise of the last batches in the weights
@@ -371,15 +376,14 @@ def residual_stream(model, ids_BT, layer):
     """h_BTD after block `layer`, which transformers calls hidden_states[layer + 1]; of the last
     block it is the output before the final norm. Later blocks and the vocabulary head do not run.
     """
-    found = []
+    def stop(h_BTD):
+        raise LayerReached(h_BTD)
 
-    def keep_and_stop(h_BTD):
-        found.append(h_BTD)
-        raise LayerReached
-
-    with contextlib.suppress(LayerReached), hooked(model, layer, keep_and_stop):
-        model(input_ids=ids_BT, use_cache=False)
-    return found[0]
+    try:
+        with hooked(model, layer, stop):
+            model(input_ids=ids_BT, use_cache=False)
+    except LayerReached as reached:
+        return reached.args[0]
 
 
 def batches_by_length(ids, most_tokens):
@@ -429,13 +433,14 @@ TOOL_ROW = ("instruction", "input", "output")  # the texts of a tool row: system
 
 
 def tool_texts(file, tokenizer, split, n, seed=0, whole_prompts=True):
-    """n tool texts from the rows of a split, which are used again if they are too few.
+    """n tool texts from the rows of a split.
 
-    whole_prompts: half of the texts are whole prompts. They end at the token at which
-    eval_toolcall.py and steer.py patch, a place that no published training text reaches. The other
-    half are prompts with their answers, cut at a random blank; most cuts fall into the prompt.
+    whole_prompts: half of the texts are whole prompts. They end where the answer begins, at the
+    token at which eval_toolcall.py and steer.py patch; published texts are sentence chunks, and
+    none ends there. The other half show the dictionary other tokens: they are prompts with their
+    answers, cut at a random blank. Rows are used again if they are too few.
 
-    Not whole_prompts: as published, the first n chunks of prompts with their answers."""
+    Not whole_prompts: as published, at most n chunks of prompts with their answers."""
     dialogues = []  # (prompt, the rest of its right answer)
     for row in read_rows(file, TOOL_ROW, split):
         prompt = prompt_of(row, tokenizer)
@@ -447,7 +452,7 @@ def tool_texts(file, tokenizer, split, n, seed=0, whole_prompts=True):
     rng = random.Random(seed)
     for prompt, answer in islice(cycle(dialogues), n - len(texts)):
         text = prompt + answer
-        blanks = [blank.start() for blank in re.finditer(r"\s", text)]
+        blanks = [blank.start() for blank in re.finditer(r"(?<!^)\s", text)]
         texts.append(text[:rng.choice(blanks)])
     return texts
 
@@ -524,13 +529,15 @@ def read_rows(name, names, split=None, stream=False):
 
 
 def split_of(row):
-    """The row's own "split" (train, dev or test), otherwise drawn by a hash of the row, 80 : 10 :
-    10."""
+    """train, dev or test: the row's own "split", otherwise drawn by a hash of the row, 80 : 10 :
+    10. Raises ValueError."""
+    tenths = ["dev", "test"] + 8 * ["train"]
     split = row.get("split")
     if not split:
-        tenths = ["dev", "test"] + 8 * ["train"]
         text = json.dumps(row, sort_keys=True, default=str)
         split = tenths[zlib.crc32(text.encode()) % 10]
+    if split not in tenths:
+        raise ValueError(f"a split is train, dev or test, not {split!r}")
     return split
 
 
@@ -568,10 +575,10 @@ class Settings:
     seed: int = 0           # of weights, texts and batches
 
     # where we depart from the paper; the reasons stand where each is used. The paper gives B as
-    # many exclusive latents as A; then B's can hold the difference as well
+    # many exclusive latents as A: then a difference may be split over A's and B's
     excl_b: float = 0.          # B-exclusive share
     tie_shared: bool = True     # shared latents write one row into both models
-    fair_start: bool = True     # all partitions begin with equal chances of being selected
+    fair_start: bool = True     # encoder: the decoder transposed, all partitions of equal spread
     scale: str = "model"        # one scale a model, or one a coordinate
     l1: str = "sum"             # form of (6): sum or mean
     revive: float = 1 / 32      # weight of (7); 0 leaves dead latents dead
@@ -612,6 +619,7 @@ def parse_args(argv=None):
             how = {"action": argparse.BooleanOptionalAction}
         p.add_argument(f"--{f.name.replace('_', '-')}", help=argparse.SUPPRESS, **how)
 
+    # parsed twice: to learn preset and recipe, then with their options in front
     argv = sys.argv[1:] if argv is None else argv
     given = vars(p.parse_args(argv))
     preset = PRESETS[given.get("preset", "tiny")]
@@ -620,7 +628,7 @@ def parse_args(argv=None):
     if not s.out:  # named by what is given
         s.out = f"runs/{s.preset}"
         for name in sorted(given.keys() - {"preset", "device"}):
-            s.out += f"-{name}" + re.sub(r"[^\w.+-]", "-", str(given[name]).rpartition("/")[2])
+            s.out += f"-{name}" + re.sub(r"[^\w.+-]", "-", Path(str(given[name])).name)
 
     if min(s.steps, s.batch) < 1:
         raise ValueError("--steps and --batch must be 1 or more")
@@ -656,8 +664,8 @@ def activations(s, split, n, seed=0, whole_prompts=True):
         tokenizer = AutoTokenizer.from_pretrained(s.model_a)
         tool = tool_texts(s.tool_texts, tokenizer, split, n, seed, whole_prompts)
         plain = plain_texts(s.plain_texts, tokenizer, split, n)
-        if not tool or not plain:
-            raise ValueError(f"too few texts for {split}: {len(tool)} of tools, {len(plain)} plain")
+        if not plain:
+            raise ValueError(f"{s.plain_texts}: no text of the {split} split")
 
         # vectors; the models are loaded one after the other
         models = (load_model(name, s.device)[0] for name in names)
@@ -698,8 +706,10 @@ def train_run(s):
     with errors_about(s.out), atomically(Path(s.out)) as folder:
         cc.save_pretrained(folder)
         (folder / "README.md").unlink()  # an empty model card
+        # it is written as 0600; give it the mode of the others
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-        text = json.dumps(metrics, indent=1).replace(f"{ROOT}/", "")  # a copy has its own models
+        # the project's own files stay relative, so that it can be moved
+        text = json.dumps(metrics, indent=1).replace(f"{ROOT}/tiny/", "tiny/")
         (folder / "metrics.json").write_text(text)
 
 
@@ -731,9 +741,9 @@ def main(argv=None):
 
     lines = {
         "fve": "variance of dev texts explained: 1 is all of it, below .5 train longer",
-        "l0": f"active latents of a pair: in all {s.k}, unless few are positive",
+        "l0": f"active latents of a pair: they sum to k = {s.k}, unless few pre are positive",
         "live": "share of latents ever active: near 0, the partition learned nothing",
-        "loss": "shares of the loss: mse should be most of it",
+        "loss": "shares of the loss in the last step: mse should be most of it",
     }
     for name, text in lines.items():
         values = "".join(f"{key} {value:.3g}   " for key, value in metrics[name].items())
@@ -792,9 +802,9 @@ def has_bf16(device):
 
 
 def fingerprint(what, models, rows=()):
-    """A hash of what JSON can hold, and of the files of models and of rows by name: their names,
-    sizes and time stamps, also of what a link points to. (A model of the hub lies in a folder of
-    its commit, in the hub's cache.)"""
+    """A hash of `what` (anything that JSON can hold), and of the name, size and time stamp of each
+    file of some models and rows, also of what a link points to. A model of the hub lies in the
+    hub's cache, in a folder of its commit; a dataset of the hub is known by its name only."""
     what = [what]
     folders = [Path(cached_file(name, "config.json")).parent for name in models]
     for path in [*folders, *map(Path, rows)]:
@@ -818,10 +828,10 @@ def atomically(path):
 
 @contextlib.contextmanager
 def errors_about(name):
-    """What fails within, in one of a dozen ways, becomes a ValueError that begins with the name."""
+    """Any exception within becomes a ValueError that begins with the name."""
     try:
         yield
-    except Exception as e:  # truncated, foreign or missing files, other shapes, no network
+    except Exception as e:  # truncated, foreign or missing files, no network
         raise ValueError(f"cannot use {name}: {e}") from e
 
 

@@ -74,8 +74,9 @@ from dfc import (
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new, layer=0, v_VND=None, replace=False,
              most_tokens=8192):
-    """Greedy answers to prompts in V versions -> [V][N] texts (paper section 4). V versions, N
-    prompts, B of them in a batch, T tokens, D width.
+    """Greedy answers to N prompts, V times over; each time another vector is added to the residual
+    vector at a prompt's last token, or put in its place -> [V][N] texts (paper section 4). B
+    prompts make a batch of T tokens; D is the residual width.
 
     In version v, v_VND[v, n] is added to the output of block `layer` at the last token of prompt n,
     or replaces it. That happens once, before the answer begins. Without v_VND there is one version,
@@ -85,7 +86,7 @@ def generate(model, tokenizer, prompts, max_new, layer=0, v_VND=None, replace=Fa
         2. in each version, read token T with its vector added or put in place
         3. write the answer token by token, from the version's copy of the cache
 
-    An answer of max_new tokens has not ended by itself, and " [cut]" is put behind it. most_tokens
+    An answer of max_new tokens has not ended by itself, and " [cut]" is appended. most_tokens
     bounds the prompts of a batch. Raises ValueError if logits are not finite."""
     ids = token_ids(tokenizer, prompts)
     ends = end_tokens(model, tokenizer)
@@ -161,7 +162,7 @@ def decode_greedily(model, next_B1, mask_BT, cache, layer, v_BD, replace, max_ne
 
 def end_tokens(model, tokenizer):
     """The ids of all tokens that end an answer: those named in the model's and the tokenizer's
-    files, and the usual ends of a turn, as a base's own file only knows the end of a text."""
+    files, and the usual ends of a turn, because a base's files only name the end of a text."""
     known = tokenizer.get_vocab()
     usual = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>")
     ends = {known[token] for token in usual if token in known}
@@ -191,49 +192,51 @@ def reconstructions(cc, x_NMD, m):
     patches["no latent"] = cc.decode(0 * f_NL)[:, m]
 
     # noise as long as the error
-    noise_ND = torch.randn(x_ND.shape, generator=torch.Generator().manual_seed(0)).to(x_ND)
+    rng = torch.Generator().manual_seed(0)
+    noise_ND = torch.randn(x_ND.shape, generator=rng).to(x_ND)
     patches["noise"] = x_ND + F.normalize(noise_ND) * (xhat_ND - x_ND).norm(dim=1, keepdim=True)
 
     # the pair is encoded together, so B's reconstruction may carry what only A's vector says
     if m == 1:
         a_ND = x_NMD[:, 0]
-        for name, other_ND in (("mean A", a_ND.mean(0)), ("another A", a_ND.roll(1, 0))):
+        another_ND = a_ND[torch.randperm(len(a_ND), generator=rng)]
+        for name, other_ND in (("mean A", a_ND.mean(0)), ("another A", another_ND)):
             other_NMD = torch.stack([other_ND.expand_as(a_ND), x_ND], 1)
             patches[f"reconstruction, {name}"] = cc(other_NMD)[0][:, 1]
     return patches
 
 
 # ---- 3. Score ------------------------------------------------------------------------------------
-def score(output, row):
-    """{score: 0 or 1} of one answer to a tool row."""
-    output = first_turn(output)
+def score(prediction, row):
+    """{score: 0 or 1} of one answer to a tool row, whose "output" is the right answer."""
+    prediction = first_turn(prediction)
     gold = row["output"]
 
     # ours
-    said = parse_calls(output)
+    said = parse_calls(prediction)
     wanted = parse_calls(gold)
     right = said.tidy and Counter(said.calls) == Counter(wanted.calls)
     if not wanted.calls:
-        right = right and responds(output, gold)
+        right = right and responds(prediction, gold)
 
     # the paper's rubric
     tools = [tool.lower() for tool in tool_names(row)]
-    named = re.findall(r'"name"\s*:\s*"([^"]*)"', output.lower())
+    named = re.findall(r'"name"\s*:\s*"([^"]*)"', prediction.lower())
     first = named[0] if named else ""
 
     return {
         "exact": int(right),
         "called": int(bool(said.calls)),
         "false_call": int(bool(said.calls) and not wanted.calls),
-        "paper_format": int("<tool_call>" in output and bool(named)),
+        "paper_format": int("<tool_call>" in prediction and bool(named)),
         "paper_tool": int(first != "" and any(first in tool or tool in first for tool in tools)),
     }
 
 
-def first_turn(output):
+def first_turn(prediction):
     """An answer up to the first token that ends a turn: what a model says after it is no answer."""
-    output = output.removesuffix(" [cut]")
-    return re.split(r"<\|(?:im_end|endoftext|eot_id)\|>|<end_of_turn>|<｜end", output)[0]
+    prediction = prediction.removesuffix(" [cut]")
+    return re.split(r"<\|(?:im_end|endoftext|eot_id)\|>|<end_of_turn>|<｜end", prediction)[0]
 
 
 def needs_tool(row):
@@ -241,10 +244,10 @@ def needs_tool(row):
     return bool(parse_calls(row["output"]).calls)
 
 
-def responds(output, gold):
+def responds(prediction, gold):
     """Is there a <response> that is not empty? Plain text will do if the right answer has no such
     tag."""
-    answer = after_thought(output)
+    answer = after_thought(prediction)
     _, tag, rest = answer.partition("<response>")
     inside, end_tag, _ = rest.partition("</response>")
     if tag and end_tag:
@@ -337,22 +340,23 @@ def wilson(hits, n, z=1.96):
     return {"pct": 100 * hits / n, "lo": low if hits else 0., "hi": high if hits < n else 100.}
 
 
-def paired(after, before, times=2000, seed=0):
+def paired(after, before):
     """{pp, lo, hi}: mean difference of two scores of the same rows in percentage points, with a
     95 % bootstrap interval over rows. If all rows change alike its width is zero; do not read that
     as certainty."""
     difference = 100 * np.subtract(after, before, dtype=float)
-    draws = np.random.default_rng(seed).integers(len(difference), size=(times, len(difference)))
+    draws = np.random.default_rng(0).integers(len(difference), size=(2000, len(difference)))
     low, high = np.percentile(difference[draws].mean(1), [2.5, 97.5])
     return {"pp": float(difference.mean()), "lo": float(low), "hi": float(high)}
 
 
-def totals(texts, rows):
-    """{"all", "needs", "none": {"n", score: {pct, lo, hi}}} of an answer to each row: over all
-    rows, those that need a tool and those that need none. A group without rows is absent."""
+def totals(answers, rows):
+    """{"all", "needs", "none": {"n", "exact": {pct, lo, hi}, and so on for each score}}, of the
+    answers to all rows, to those that need a tool and to those that need none. A group without rows
+    is absent."""
     groups = {"all": [], "needs": [], "none": []}
-    for text, row in zip(texts, rows):
-        scores = score(text, row)
+    for answer, row in zip(answers, rows):
+        scores = score(answer, row)
         groups["all"].append(scores)
         groups["needs" if needs_tool(row) else "none"].append(scores)
 
@@ -381,7 +385,7 @@ def chance_answers(rows, seed=0):
     return answers
 
 
-def tabulate(texts, rows):
+def tabulate(answers, rows):
     """{name: an answer to each row} -> (a table to print, {name: totals}). If the first line is
     named "clean", the other totals hold the "change" from it: of exact calls, on the rows that need
     a tool. The table of {"clean": [right, right], "patched": [wrong, right]} and one row of each
@@ -389,8 +393,8 @@ def tabulate(texts, rows):
 
                             1 need a tool:                                  1 need none:
                             exact %  change [95 %]         called % paper_tool %   exact %  false %
-    clean                     100.0                          100.0        100.0     100.0      0.0
-    patched                     0.0  -100.0 [-100, -100]     100.0        100.0     100.0      0.0
+    clean                     100.0                           100.0        100.0     100.0      0.0
+    patched                     0.0  -100.0 [-100, -100]      100.0        100.0     100.0      0.0
     """
     n_needs = sum(map(needs_tool, rows))
     lines = [
@@ -399,9 +403,9 @@ def tabulate(texts, rows):
     ]
     out = {}
     exact = {}  # of each line, on the rows that need a tool
-    for name, answers in texts.items():
-        out[name] = totals(answers, rows)
-        pairs = [pair for pair in zip(answers, rows) if needs_tool(pair[1])]
+    for name, said in answers.items():
+        out[name] = totals(said, rows)
+        pairs = [pair for pair in zip(said, rows) if needs_tool(pair[1])]
         exact[name] = [score(text, row)["exact"] for text, row in pairs]
 
         left = right = change = ""
@@ -418,10 +422,9 @@ def tabulate(texts, rows):
         lines.append(f"{name:28s}{left:52s}{right}".rstrip())
 
     # answers that are cut say nothing of what the model would have done
-    cut = sum(text.endswith(" [cut]") for answers in texts.values() for text in answers)
+    cut = sum(text.endswith(" [cut]") for said in answers.values() for text in said)
     if cut:
-        n_answers = len(texts) * len(rows)
-        lines.append(f"{cut} of {n_answers} answers were cut at --max-new: give more to dfc.py")
+        lines.append(f"{cut} of {len(answers) * len(rows)} answers were cut at --max-new")
     return "\n".join(lines), out
 
 
@@ -450,7 +453,8 @@ class Run:
 
 def open_run(folder=None, get=load_model, device=""):
     """The run in a folder of dfc.py, by default the newest in runs/. get: load_model, or a cached
-    one if several runs share their models. device: by default that of dfc.py. Raises ValueError."""
+    one if several runs share their models. device: by default cuda if there is one, whatever the
+    run was trained on. Raises ValueError."""
     if not folder:
         done = Path("runs").glob("*/model.safetensors")
         newest = max(done, key=lambda file: file.stat().st_ctime, default=None)
@@ -468,7 +472,8 @@ def open_run(folder=None, get=load_model, device=""):
 
 def is_readable(row):
     """Do we understand the right answer: is it exact against itself? It is not if a tag stands in a
-    value, or if it calls a tool in another format than <tool_call>."""
+    value, or if it calls a tool in a format of Mistral, Llama, OpenAI, DeepSeek, Qwen-Agent, ReAct,
+    Gemma or Python instead of in <tool_call>."""
     other_format = (r'\[TOOL_CALLS\]|<\|python_tag|<\|channel|<｜tool|<function|<invoke|✿|^Action:'
                     r'|```tool_code|^\[\w+\(|"(?:arguments|parameters)"\s*:')
     if "<tool_call>" not in row["output"] and re.search(other_format, row["output"], re.MULTILINE):
@@ -517,7 +522,7 @@ def evaluate(run, most_rows, template):
     texts = {}
     for m, name in enumerate("AB"):
         patches = reconstructions(run.cc, x_NMD, m)
-        if s.scale == "coordinate":  # the published evaluation has no mean and no scale: 0 and 1
+        if s.scale == "coordinate":  # as published, evaluated on vectors that are not normalised
             raw = copy.deepcopy(run.cc)
             raw.mean.zero_()
             raw.scale.fill_(1)
@@ -553,7 +558,7 @@ def score_file(name):
     every = list(read_rows(name, ("output", "prediction")))
     rows = [row for row in every if is_readable(row)]
     left_out = len(every) - len(rows)
-    if not rows or left_out and not any(map(needs_tool, rows)):
+    if not rows or (left_out and not any(map(needs_tool, rows))):  # likely another call format
         raise ValueError(f"{name}: no row whose right answer we can read has a <tool_call>")
     start = r"<\|im_start|<\|start_header_id|<start_of_turn>|<｜User|\[INST\]"
     for row in rows:

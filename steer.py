@@ -22,7 +22,8 @@ vectors of the same length on each prompt along other directions:
 
 The last two need labels and no dictionary. The margin is the effect minus that of the strongest
 control, positive where the latents do more. The strongest is picked on the test prompts, which
-favours the controls; alpha and c are tuned for the latents alone, which favours the latents.
+favours the controls; alpha and c are tuned for the latents alone, which favours the latents. If no
+strength helps on dev prompts the smallest is taken.
 Controls of "copied" have the latents' length, so they leak A's decision as well. Latents, alpha and
 c are chosen on dev prompts, and what is printed is of test prompts.
 
@@ -266,7 +267,7 @@ def measure_change(run, m, prompts, v_ND, directions, clean, sign=1):
 def steer(run, latents, ranking, dev, most_rows):
     """All changes on test prompts -> (what metrics.json keeps, {change: answers}, the prompts)."""
     cc = run.cc
-    few_dev = read_prompts(run, "dev", 30)  # enough to choose two strengths
+    few_dev = read_prompts(run, "dev", 30)  # sixteen strengths on all of them take too long
     test = read_prompts(run, "test", most_rows)
     dev_ND = written(cc, few_dev.f_NL, latents)
     test_ND = written(cc, test.f_NL, latents)
@@ -314,11 +315,12 @@ def steer(run, latents, ranking, dev, most_rows):
 
 # ---- 5. The table --------------------------------------------------------------------------------
 def print_table(steering):
-    """What steer() found, in percent and percentage points."""
+    """What steer() found, in percent and percentage points; of several controls the range of
+    changes, and the most false calls."""
     for row in steering["ranking"]:
         print("latent {feature_idx}, {partition}: on dev d {cohens_d:.2f}, AUROC {auroc:.3f}, "
               "active on {fire_rate_tool:.2f} and {fire_rate_nontool:.2f}".format(**row))
-    print(f"\n{'':40s}{'exact calls, %':>14s}   {'change [95 %]':22s}{'most false calls, %':>20s}")
+    print(f"\n{'':40s}{'clean exact, %':>14s}   {'change [95 %]':22s}{'false calls, %':>20s}")
 
     for name, result in steering["changes"].items():
         change = "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**result["effect"])
@@ -338,8 +340,8 @@ def print_table(steering):
 
 # ---- 6. Your own prompt --------------------------------------------------------------------------
 def own_prompt(run, text):
-    """A user's words, in the prompt of the test row that is most like them: it lists a fitting
-    tool."""
+    """A user's words, in the prompt of the test row that is most like them, which should list a
+    fitting tool."""
     rows, _ = load_prompts(run.settings.tool_texts, run.tokenizer, "test", run.longest_prompt)
     words = set(text.lower().split())
 

@@ -1111,11 +1111,9 @@ def test_reconstructions_are_what_the_decoder_says():
     for part in cc.partitions():
         wrote_NMD = torch.einsum("nl,lmd->nmd", f_NL[:, part.latents], cc.W_dec[part.latents])
         slow[f"{part.name} alone"] = nothing_MD + wrote_NMD * cc.scale
-    a_ND = x_NMD[:, 0]
-    for name, other_ND in (("mean A", a_ND.mean(0)), ("another A", a_ND.roll(1, 0))):
-        other_NMD = x_NMD.clone()
-        other_NMD[:, 0] = other_ND
-        slow[f"reconstruction, {name}"], _ = cc(other_NMD)
+    other_NMD = x_NMD.clone()
+    other_NMD[:, 0] = x_NMD[:, 0].mean(0)
+    slow["reconstruction, mean A"], _ = cc(other_NMD)
 
     # a partition is left out where it writes nothing; A's vector is exchanged for B alone
     both = {"own vector", "reconstruction", "shared alone", "no latent", "noise"}
@@ -1123,7 +1121,7 @@ def test_reconstructions_are_what_the_decoder_says():
     assert into_a.keys() == both | {"A-exclusive alone"}
     assert into_b.keys() == both | only_b
     for m, found in enumerate((into_a, into_b)):
-        for name in found.keys() - {"noise"}:
+        for name in found.keys() & slow.keys():
             assert close(found[name], slow[name][:, m])
 
         # noise as long as the error
