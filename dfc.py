@@ -123,8 +123,7 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
         every = [
             Partition("A-exclusive", slice(0, a), slice(0, 1)),
             Partition("B-exclusive", slice(a, b), slice(1, 2)),
-            Partition("shared", slice(b, len(self.b_enc)), slice(0, 2)),
-        ]
+            Partition("shared", slice(b, len(self.b_enc)), slice(0, 2))]
         return [part for part in every if part.latents.start < part.latents.stop]
 
     @torch.no_grad()
@@ -163,17 +162,17 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
         return self.decode(f_BL), f_BL
 
     @torch.no_grad()
-    def fit_scale(self, x_NMD, scale="model"):
+    def fit_scale(self, x_NMD, by_coordinate=False):
         """Set mean and scale of (1) from the training vectors. They are saved with the weights, so
         encode() takes raw vectors and decode() returns them. The published code saves neither, and
         evaluates on vectors that are not normalised.
 
-        scale "model": one number for each model, its root mean square. Directions stay as they are.
-        scale "coordinate": the standard deviation of each coordinate, as published (there, one for
-        tool texts and another for plain texts; a crosscoder can keep one)."""
+        The scale is one number for each model, its root mean square: directions stay as they are.
+        by_coordinate: the standard deviation of each coordinate, as published (there, one for tool
+        texts and another for plain texts; a crosscoder can keep one)."""
         self.mean.copy_(x_NMD.float().mean(0))
         self.scale.copy_((x_NMD - self.mean).pow(2).mean((0, 2))[:, None].sqrt())
-        if scale == "coordinate":
+        if by_coordinate:
             self.scale *= self.normalise(x_NMD).std(0).clamp(min=1e-6)
 
     @torch.no_grad()
@@ -192,7 +191,7 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
 
 def keep_largest(pre_BL, k):
     """(3) The k largest of each row, negative ones set to 0 -> (f_Bk, index_Bk)."""
-    largest = pre_BL.topk(k, dim=-1, sorted=False)
+    largest = pre_BL.topk(k, sorted=False)
     return largest.values.relu(), largest.indices
 
 
@@ -205,16 +204,16 @@ def decode_active(f_Bk, index_Bk, W_dec):
 
 
 # ---- 2. Losses and the training loop -------------------------------------------------------------
-def l1_penalty(mean_L, lambda_L, W_dec, l1="sum"):
+def l1_penalty(mean_L, lambda_L, W_dec, l1_mean=False):
     """(6), where mean_L is the mean of f over the batch.
 
-    "sum": over latents, each weighted by the length of its two rows together. Unweighted, the
+    A sum over latents, each weighted by the length of its two rows together. Unweighted, the
     dictionary could shrink f for free and make the rows longer. With rows of equal length a shared
     latent costs sqrt(2) times as much as an exclusive one. On the toy pair lambda = 2e-5 makes the
     penalty 2 % of the loss.
-    "mean": over latents, unweighted, as the published code has it. Its lambda = 1e-3 makes the
-    penalty 0.1 % of the loss, so the paper's "penalised" and "free" settings hardly differ."""
-    if l1 == "mean":
+    l1_mean: a mean over latents, unweighted, as the published code has it. Its lambda = 1e-3 makes
+    the penalty 0.1 % of the loss, so the paper's "penalised" and "free" settings hardly differ."""
+    if l1_mean:
         return (lambda_L * mean_L).mean()
     return (lambda_L * mean_L * W_dec.flatten(1).norm(dim=1)).sum()
 
@@ -252,12 +251,12 @@ def batches(n, batch, seed):
         yield from order[:n - n % batch].split(batch)
 
 
-def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1="sum", l1_shared=2e-5, l1_excl=2e-5,
+def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_mean=False, l1_shared=2e-5, l1_excl=2e-5,
           revive=1 / 32, schedule=True, dead_after=100, seed=0):
     """Train a crosscoder, after fit_scale(), on raw vectors x_NMD that are on its device.
 
-    l1, l1_shared, l1_excl: form and lambdas of (6). revive: weight of (7). schedule: warm up, and
-    let the learning rate fall. dead_after: steps without activation until a latent counts as dead.
+    l1_mean, l1_shared, l1_excl: form and lambdas of (6). revive: weight of (7). schedule: warm up
+    and let the learning rate fall. dead_after: steps of silence until a latent counts as dead.
     -> {"mse", "l1", "aux": share of the loss} in the last step. Raises ValueError if training
     diverges."""
     order = batches(len(x_NMD), batch, seed)
@@ -289,7 +288,7 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1="sum", l1_shared=2e-5, l1_exc
 
         # loss
         mse = (z_BMD - zhat_BMD).pow(2).mean()
-        penalty = l1_penalty(mean_L, lambda_L, cc.W_dec, l1)
+        penalty = l1_penalty(mean_L, lambda_L, cc.W_dec, l1_mean)
         aux = torch.zeros_like(mse)
         if revive:  # a latent that is never selected has no gradient and would stay dead
             aux = revive * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent_L > dead_after)
@@ -311,7 +310,8 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1="sum", l1_shared=2e-5, l1_exc
         if step % 50 == 0 or step + 1 == steps:
             bar.set_postfix(mse=f"{mse.item():.4f}")
             if not all(t.isfinite().all() for t in [mse, *cc.parameters()]):
-                raise ValueError(f"training diverged, nothing is saved: lower --lr {lr:g}")
+                raise ValueError(f"training diverged: lower --lr {lr:g}, or the vectors do not fit "
+                                 "into fp16 and are not finite: take another layer")
     return dict(zip(("mse", "l1", "aux"), (terms / terms.sum()).tolist()))
 
 
@@ -406,8 +406,6 @@ def collect(models, tokenizer, texts, layer, longest=4096):
     beginning. Padding is on the right, where causal attention does not look, so the batch does not
     matter. Raises ValueError."""
     ids = [tokens[-longest:] for tokens in token_ids(tokenizer, texts)]
-    if not all(ids):
-        raise ValueError("a text without a token")
     x = []
     for model in models:
         x_ND = torch.empty(len(ids), model.config.get_text_config().hidden_size).half()
@@ -422,10 +420,7 @@ def collect(models, tokenizer, texts, layer, longest=4096):
         x.append(x_ND)
         del model  # if `models` loads them as it goes, this frees one before the next
 
-    x_NMD = torch.stack(x, 1)
-    if not x_NMD.isfinite().all():
-        raise ValueError(f"vectors of layer {layer} are not finite in fp16: try another layer")
-    return x_NMD
+    return torch.stack(x, 1)
 
 
 # ---- 4. Texts ------------------------------------------------------------------------------------
@@ -497,6 +492,7 @@ def prompt_of(row, tokenizer):
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if not all(message["content"].strip() in prompt for message in messages):
             raise ValueError("it leaves out the system message or the question")
+        prompt.encode()  # raises on what a terminal sent in another encoding
         return prompt
 
 
@@ -579,8 +575,8 @@ class Settings:
     excl_b: float = 0.          # B-exclusive share
     tie_shared: bool = True     # shared latents write one row into both models
     fair_start: bool = True     # encoder: the decoder transposed, all partitions of equal spread
-    scale: str = "model"        # one scale a model, or one a coordinate
-    l1: str = "sum"             # form of (6): sum or mean
+    by_coordinate: bool = False  # the scale of (1): one for each coordinate, not for each model
+    l1_mean: bool = False       # (6) as a mean over latents, not as a weighted sum
     revive: float = 1 / 32      # weight of (7); 0 leaves dead latents dead
     schedule: bool = True       # warm up, and let the learning rate fall
     whole_prompts: bool = True  # half of the tool texts are whole prompts
@@ -601,7 +597,7 @@ PRESETS = {  # the options that each stands for
              "--lr 1e-4"}
 RECIPES = {
     "dfc": "",
-    "paper": "--excl-b .1 --no-tie-shared --no-fair-start --scale coordinate --l1 mean --revive 0 "
+    "paper": "--excl-b .1 --no-tie-shared --no-fair-start --by-coordinate --l1-mean --revive 0 "
              "--no-schedule --no-whole-prompts --l1-shared 1e-3 --l1-excl 1e-3"}
 
 
@@ -611,8 +607,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, epilog=inspect.getsource(Settings),
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 argument_default=argparse.SUPPRESS)  # what is not given is absent
-    choices = {"preset": PRESETS, "recipe": RECIPES, "scale": ["model", "coordinate"],
-               "l1": ["sum", "mean"]}
+    choices = {"preset": PRESETS, "recipe": RECIPES}
     for f in fields(Settings):
         how = {"type": f.type, "choices": choices.get(f.name)}
         if f.type is bool:
@@ -651,10 +646,8 @@ def activations(s, split, n, seed=0, whole_prompts=True):
     """The pair's vectors at n tool texts and at most n plain texts of a split -> x_NMD. Kept in a
     file beside the run, so that runs with other crosscoders need not collect again. If several
     processes want it, one collects and the others wait. Raises ValueError."""
-    names = s.model_a, s.model_b
-    rows = s.tool_texts, s.plain_texts
-    what = [names, rows, split, n, seed, whole_prompts, s.layer, s.longest, s.device]
-    file = Path(s.out).parent / "cache" / f"{fingerprint(what, names, rows)}.pt"
+    what = [s.model_a, s.model_b, split, n, seed, whole_prompts, s.layer, s.longest, s.device]
+    file = Path(s.out).parent / "cache" / f"{fingerprint(what, s)}.pt"
     with FileLock(f"{file}.lock"):
         with contextlib.suppress(Exception):  # absent, or damaged in whatever way
             return torch.load(file).to(s.device)
@@ -668,12 +661,12 @@ def activations(s, split, n, seed=0, whole_prompts=True):
             raise ValueError(f"{s.plain_texts}: no text of the {split} split")
 
         # vectors; the models are loaded one after the other
-        models = (load_model(name, s.device)[0] for name in names)
+        models = (load_model(name, s.device)[0] for name in (s.model_a, s.model_b))
         x_NMD = collect(models, tokenizer, tool + plain, s.layer, s.longest)
         with atomically(file) as unfinished:
             torch.save(x_NMD, unfinished)
-    print(f"collected {len(x_NMD)} {split} texts, {len({*tool, *plain})} of them distinct, in "
-          f"{time.time() - began:.0f} s")
+    sys.stderr.write(f"collected {len(x_NMD)} {split} texts, {len({*tool, *plain})} of them "
+                     f"distinct, in {time.time() - began:.0f} s\n")
     return x_NMD.to(s.device)
 
 
@@ -684,15 +677,15 @@ def train_run(s):
     x_NMD = activations(s, "train", s.n_texts, s.seed, s.whole_prompts)
     dev_NMD = activations(s, "dev", 300)
     if x_NMD[:, 0].equal(x_NMD[:, 1]):
-        print("A's vectors equal B's: the models do not differ at this layer")
+        sys.stderr.write("A's vectors equal B's: the models do not differ at this layer\n")
 
     # 2. train
     torch.manual_seed(s.seed)
     cc = new_crosscoder(s, x_NMD.shape[2]).to(s.device)
-    cc.fit_scale(x_NMD, s.scale)
+    cc.fit_scale(x_NMD, s.by_coordinate)
     if s.fair_start:
         cc.fair_start(x_NMD[next(batches(len(x_NMD), 4096, s.seed))])
-    loss = train(cc, x_NMD, s.steps, s.batch, s.lr, s.l1, s.l1_shared, s.l1_excl, s.revive,
+    loss = train(cc, x_NMD, s.steps, s.batch, s.lr, s.l1_mean, s.l1_shared, s.l1_excl, s.revive,
                  s.schedule, seed=s.seed)
 
     # 3. measure and save
@@ -700,6 +693,7 @@ def train_run(s):
         **measure(cc, x_NMD, dev_NMD),
         "loss": loss,
         "seconds": time.time() - began,
+        "files": fingerprint("", s),
         "config": vars(s),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -709,8 +703,8 @@ def train_run(s):
         # it is written as 0600; give it the mode of the others
         (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
         # the project's own files stay relative, so that it can be moved
-        text = json.dumps(metrics, indent=1).replace(f"{ROOT}/tiny/", "tiny/")
-        (folder / "metrics.json").write_text(text)
+        (folder / "metrics.json").write_text(
+            json.dumps(metrics, indent=1).replace(f"{ROOT}/tiny/", "tiny/"))
 
 
 @torch.no_grad()
@@ -738,6 +732,8 @@ def main(argv=None):
     other = {name for name, _ in vars(s).items() ^ vars(saved).items()} - {"out", "device"}
     if other:
         raise ValueError(f"{s.out} is a run with another {', '.join(other)}: give another --out")
+    if metrics["files"] != fingerprint("", s):
+        sys.stderr.write(f"{s.out} was trained before its models or rows changed\n")
 
     lines = {
         "fve": "variance of dev texts explained: 1 is all of it, below .5 train longer",
@@ -784,13 +780,15 @@ def check_pair(s):
         if not 0 < s.max_new < s.longest <= getattr(a, "max_position_embeddings", s.longest):
             raise ValueError(f"--max-new {s.max_new} must be 1 or more and less than --longest "
                              f"{s.longest}, which must lie within A's positions")
-    print(f"models  {a.num_hidden_layers} blocks of width {a.hidden_size}, {len(ids_a)} tokens")
+    sys.stderr.write(f"models  {a.num_hidden_layers} blocks of width {a.hidden_size}, "
+                     f"{len(ids_a)} tokens\n")
 
     # the rows: some that call a tool in each split
     rows = read_rows(s.tool_texts, TOOL_ROW)
     calls = Counter((split_of(row), "<tool_call>" in row["output"]) for row in rows)
     for split in ("train", "dev", "test"):
-        print(f"{split:8s}{calls[split, True]} rows call a tool, {calls[split, False]} do not")
+        sys.stderr.write(f"{split:8s}{calls[split, True]} rows call a tool, "
+                         f"{calls[split, False]} do not\n")
         if not calls[split, True]:
             raise ValueError(f"{s.tool_texts}: no {split} row has a <tool_call>")
 
@@ -801,17 +799,17 @@ def has_bf16(device):
     return torch.device(device).type == "cuda" or bool(known.get("avx512_bf16"))
 
 
-def fingerprint(what, models, rows=()):
+def fingerprint(what, s):
     """A hash of `what` (anything that JSON can hold), and of the name, size and time stamp of each
-    file of some models and rows, also of what a link points to. A model of the hub lies in the
+    file of a run's models and rows, also of what a link points to. A model of the hub lies in the
     hub's cache, in a folder of its commit; a dataset of the hub is known by its name only."""
-    what = [what]
-    folders = [Path(cached_file(name, "config.json")).parent for name in models]
-    for path in [*folders, *map(Path, rows)]:
+    stamps = [what, s.tool_texts, s.plain_texts]
+    folders = [Path(cached_file(name, "config.json")).parent for name in (s.model_a, s.model_b)]
+    for path in [*folders, Path(s.tool_texts), Path(s.plain_texts)]:
         for file in [path, *sorted(path.glob("*"))]:
             if file.is_file():
-                what.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+                stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -522,7 +522,7 @@ def evaluate(run, most_rows, template):
     texts = {}
     for m, name in enumerate("AB"):
         patches = reconstructions(run.cc, x_NMD, m)
-        if s.scale == "coordinate":  # as published, evaluated on vectors that are not normalised
+        if s.by_coordinate:  # as published, evaluated on vectors that are not normalised
             raw = copy.deepcopy(run.cc)
             raw.mean.zero_()
             raw.scale.fill_(1)

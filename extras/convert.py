@@ -4,8 +4,7 @@
     python dfc.py --preset paper --tool-texts rows.jsonl
 
 The last message of a row is the assistant's and becomes `output`: its tool calls, or its text. The
-messages before it become `input`, the system message and the tools `instruction`. A row's split
-and kind are kept, if it has them.
+messages before it become `input`, the system message and the tools `instruction`.
 """
 
 import argparse
@@ -18,17 +17,17 @@ from dfc import atomically, cli, errors_about
 
 
 def convert(chat):
-    """A chat {"messages", "tools"} -> a row {"instruction", "input", "output"[, split, kind]}."""
+    """A chat {"messages", "tools"[, "split"]} -> a row {"instruction", "input", "output", "split"}."""
     *before, last = chat["messages"]
 
     # the tools as a numbered list, which the chance lines read
     lines = [message["content"] for message in before if message["role"] == "system"]
     for i, tool in enumerate(chat.get("tools") or [], 1):
-        function = tool.get("function", tool)
+        function = tool["function"]
         schema = function.get("parameters", {}).get("properties", {})
         lines += [f"{i}. Name: {function['name']}",
                   f"Description: {function.get('description', '')}",
-                  f"Parameters: {json.dumps(schema, ensure_ascii=False)}"]
+                  f"Parameters: {json.dumps(schema)}"]
 
     # the right answer: a call a line, arguments as an object
     calls = []
@@ -43,8 +42,8 @@ def convert(chat):
 
     turns = [message for message in before if message["role"] != "system"]
     said = [f"<{turn['role']}> {turn.get('content') or ''} </{turn['role']}>" for turn in turns]
-    kept = {name: chat[name] for name in ("split", "kind") if name in chat}
-    return {"instruction": "\n".join(lines), "input": "\n".join(said), "output": output, **kept}
+    return {"instruction": "\n".join(lines), "input": "\n".join(said), "output": output,
+            "split": chat.get("split")}  # without one it is drawn
 
 
 def main(argv=None):

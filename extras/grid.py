@@ -92,9 +92,9 @@ def answer(run, prompts, scalings, at_once=8):
     grid.jsonl holds are not done again; new ones are added to it, at_once scalings at a time."""
     s = run.settings
     file = run.folder / "grid.jsonl"
-    what = [str(prompts.rows), prompts.texts, s.max_new, s.layer, str(run.cc.mean.device)]
-    weights = str(run.folder / "model.safetensors")
-    key = fingerprint(what, [s.model_a, s.model_b], [weights])
+    weights = [p.double().sum().item() for p in run.cc.parameters()]
+    what = [prompts.texts, s.max_new, s.layer, weights, str(run.cc.mean.device)]
+    key = fingerprint(what, s)
 
     # what is there already
     found = {}

@@ -2,14 +2,14 @@
 
     python extras/plot.py                          # of the runs in runs/, into runs/: seconds
     python extras/plot.py --run runs/mine --out figures
-    python extras/plot.py runs/many --kinds preset plain as-published
 
     effect.png      each change of steer.py beside its controls, and the false calls of both
     grid.png        how many latents, how strong: every cell on dev, the best of each |S| on test
     saturation.png  how many latents does it take: a line for each dictionary, so for each seed
 
-effect.png and grid.png are of the newest run, or of --run. saturation.png is of all runs with its
-models, layer and rows. A figure without results is left out, with the command that is missing.
+effect.png and grid.png are of --run, or if it has no such results of the newest run that has them.
+saturation.png is of all runs with the models, layer and rows of that run. A figure without results
+is left out, and the missing command is printed.
 """
 
 import argparse
@@ -61,13 +61,11 @@ def kind_of(folder):
     return re.sub(r"-seed\d+", "", folder.name)
 
 
-def read_runs(folder, last=None, kinds=None):
-    """The finished runs anywhere in a folder, of these kinds (default: all), newest last; `last`
-    comes after all others. Raises ValueError if there is none."""
+def read_runs(folder, last=None):
+    """The finished runs anywhere in a folder, newest last; `last` comes after all others. Raises
+    ValueError if there is none."""
     files = sorted(folder.glob("**/metrics.json"), key=lambda file: file.stat().st_ctime)
     folders = [file.parent.resolve() for file in files]
-    if kinds:
-        folders = [each for each in folders if kind_of(each) in kinds]
     if last:
         folders = [each for each in folders if each != last.resolve()] + [last]
     if not folders:
@@ -224,8 +222,8 @@ def draw_saturation(plt, runs):
                 exact = [outcome[added]["exact"] for outcome in ablated]
                 ax.plot(n, exact, ".-", color=color, lw=.8, label=ADDED[added])
         ax.axhline(result["clean"]["A"]["exact"], color=RED, ls=":", label="clean A")
-        seeds = "1 seed" if len(results) == 1 else f"{len(results)} seeds"
-        ax.set(title=f"{kind.replace('-', ' ')}: {seeds}", xscale="log", ylim=(-4, 104))
+        ax.set(title=f"{kind.replace('-', ' ')} (seeds: {len(results)})", xscale="log",
+               ylim=(-4, 104))
         ax.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"], minor=False)
         ax.minorticks_off()
 
@@ -262,12 +260,11 @@ def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("folder", nargs="?", type=Path, default="runs", help="holds runs (runs/)")
     p.add_argument("--run", type=Path, help="of effect and grid (default: the newest)")
-    p.add_argument("--kinds", nargs="+", help="only runs with these folder names, without -seedN")
     p.add_argument("--out", type=Path, help="folder of the pictures (default: that of the runs)")
     args = p.parse_args(argv)
 
     plt = pyplot()
-    runs = read_runs(args.folder, args.run, args.kinds)
+    runs = read_runs(args.folder, args.run)
     for name, draw in FIGURES.items():
         file = (args.out or args.folder) / f"{name}.png"
         try:

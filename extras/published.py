@@ -105,11 +105,12 @@ def main(argv=None):
     dfc.check_pair(s)
     train_NMD, dev_NMD = collect_tool_texts(s)
     with dfc.errors_about(f"{args.name} with {s.model_a}"):  # their widths may differ
-        cc.fit_scale(train_NMD, s.scale)
+        cc.fit_scale(train_NMD, s.by_coordinate)
 
     # the run
     metrics = {**dfc.measure(cc, train_NMD, dev_NMD), "config": vars(s),
-               "crosscoder": args.name, "loss": {}}  # its loss was not published
+               "files": dfc.fingerprint("", s), "crosscoder": args.name,
+               "loss": {}}  # its loss was not published
     with dfc.atomically(Path(s.out)) as folder:
         cc.save_pretrained(folder)
         (folder / "README.md").unlink()  # an empty model card

@@ -14,15 +14,17 @@ matters. So a figure is read over many seeds.
     python extras/saturation.py                     # the newest run: a minute on 2 CPU cores
     python extras/saturation.py --all runs/many --seeds 10 11      # also trains every kind below
 
-Finished runs are skipped, so it can be stopped anywhere. Two processes with different seeds share
-the work.
+Finished runs are skipped, so it can be stopped anywhere. Under `torchrun --nproc-per-node 4` the
+processes share the work; the command without torchrun then prints all.
 """
 
 import argparse
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -124,13 +126,15 @@ def saturate(run, scene):
 # ---- 3. Many dictionaries, and the tables --------------------------------------------------------
 def train_all(kinds, seeds, where, options):
     """Train these kinds and seeds with these options of dfc.py, unless they are there, and yield
-    each folder. Raises ValueError if one holds another run."""
-    for seed in seeds:
-        for kind in kinds:
-            folder = Path(where, f"{kind.replace(',', '').replace(' ', '-')}-seed{seed}")
-            given = f"{options} {KINDS[kind]} --seed {seed}".split()
-            dfc.main([*given, "--out", str(folder)])
-            yield folder
+    each folder. Under torchrun each process takes its share. Raises ValueError if a folder holds
+    another run."""
+    rank = int(os.getenv("RANK", "0"))
+    world = int(os.getenv("WORLD_SIZE", "1"))
+    for seed, kind in list(product(seeds, kinds))[rank::world]:
+        folder = Path(where, f"{kind.replace(',', '').replace(' ', '-')}-seed{seed}")
+        given = f"{options} {KINDS[kind]} --seed {seed}".split()
+        dfc.main([*given, "--out", str(folder)])
+        yield folder
 
 
 def kind_of(folder):
@@ -193,9 +197,10 @@ def main(argv=None):
 
         # what is there is not done again
         result = dfc.read_metrics(run.folder).get(key, {})
-        if result.get("most_rows") != args.rows:
+        files = dfc.fingerprint("", s)
+        if (result.get("most_rows"), result.get("files")) != (args.rows, files):
             scene = scene or make_scene(run, args.split, args.rows)
-            result = {**saturate(run, scene), "most_rows": args.rows}
+            result = {**saturate(run, scene), "most_rows": args.rows, "files": files}
             save_result(run.folder, key, result, result["sizes"], f"{key}.jsonl")
         results.append((kind_of(run.folder), result))
 

@@ -42,7 +42,7 @@ N_ONLY = 8  # concepts of A alone, and as many of B alone
 VARIANTS = {  # name: options of fit()
     "DFC, tied": {"tied": True},
     "DFC, untied": {},
-    "DFC, recipe paper": {"fair_start": False, "l1": "mean", "revive": 0, "schedule": False},
+    "DFC, recipe paper": {"fair_start": False, "l1_mean": True, "revive": 0, "schedule": False},
     "plain crosscoder": {"share": 0.},
 }
 
