@@ -73,7 +73,7 @@ from dfc import (
 # ---- 1. Generate: greedy, batched, patched -------------------------------------------------------
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new, layer=0, v_VND=None, replace=False,
-             most_tokens=8192):
+             most_tokens=16_384):
     """Greedy answers to N prompts, V times over; each time another vector is added to the residual
     vector at a prompt's last token, or put in its place -> [V][N] texts (paper section 4). B
     prompts make a batch of T tokens; D is the residual width.

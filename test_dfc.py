@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import constants
+from pytest import approx, raises
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
@@ -47,6 +48,7 @@ torch.set_num_threads(1)  # for matrices this small a second thread costs more t
 
 
 once = pytest.fixture(scope="session")  # made once, for all tests
+each = pytest.mark.parametrize
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +156,7 @@ def test_an_empty_partition_is_the_plain_crosscoder():
     assert close(cc.normalise(xhat_NMD).flatten(1), zhat_NE)
 
 
-@pytest.mark.parametrize("n_a, n_b, tied", [(4, 3, False), (4, 0, True), (16, 16, False)])
+@each("n_a, n_b, tied", [(4, 3, False), (4, 0, True), (16, 16, False)])
 def test_exclusive_latents_never_touch_the_other_model(n_a, n_b, tied):
     n = n_a + n_b
     cc = small(n_a, n_b, tied, k=2)
@@ -186,7 +188,7 @@ def test_a_fair_start_gives_every_partition_the_same_spread():
 
     pre_NL = cc.preactivate(cc.normalise(x_NMD))
     spread = [pre_NL[:, part.latents].std().item() for part in cc.partitions()]
-    assert spread == pytest.approx([spread[-1]] * 3, rel=.01)
+    assert spread == approx([spread[-1]] * 3, rel=.01)
 
 
 # ---- 2. Losses -----------------------------------------------------------------------------------
@@ -245,7 +247,7 @@ def slow_train(cc, x_NMD, steps, batch, lr, l1_mean, l1_shared, l1_excl, revive,
             p.data -= rate * p.grad
 
 
-@pytest.mark.parametrize("n_a, n_b, tied, l1_mean, revive, schedule", [
+@each("n_a, n_b, tied, l1_mean, revive, schedule", [
     (0, 0, False, False, 1 / 32, True),
     (12, 0, True, False, 1 / 32, True),
     (12, 9, False, False, 1 / 32, False),
@@ -279,7 +281,7 @@ def test_predicting_the_mean_gives_fve_0_and_the_truth_1():
 
     fve_M = dfc.fve(x_NMD, torch.stack([x_NMD[:, 0], mean_ND], 1))
 
-    assert fve_M.tolist() == pytest.approx([1, 0], abs=1e-9)
+    assert fve_M.tolist() == approx([1, 0], abs=1e-9)
 
 
 # ---- 3. Activations ------------------------------------------------------------------------------
@@ -322,7 +324,7 @@ def book():
     return " ".join(row["text"] for row in rows_in(TINY / "text.jsonl")[:40])
 
 
-@pytest.mark.parametrize("family", re.findall(r"^\w+", FAMILIES, re.MULTILINE))
+@each("family", re.findall(r"^\w+", FAMILIES, re.MULTILINE))
 def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, tokenizer, book):
     model = random_model(family)
     texts = [book[i:i + n] for i, n in enumerate((3, 300, 1, 17))]
@@ -342,7 +344,7 @@ def test_a_hook_edits_one_blocks_output_and_is_gone_after_an_exception():
     h_1TD = dfc.residual_stream(model, ids_1T, 1)
     logits = model(ids_1T).logits
 
-    with pytest.raises(ZeroDivisionError), dfc.hooked(model, 1, lambda h_1TD: h_1TD + 1):
+    with raises(ZeroDivisionError), dfc.hooked(model, 1, lambda h_1TD: h_1TD + 1):
         edited_1TD = dfc.residual_stream(model, ids_1T, 1)
         edited_logits = model(ids_1T).logits
         raise ZeroDivisionError
@@ -379,7 +381,7 @@ def test_activations_are_kept_under_what_changes_them_and_never_half_written(
 
     # killed while it writes
     monkeypatch.setattr(dfc, "collect", collect)
-    with monkeypatch.context() as m, pytest.raises(OSError, match="no space"):
+    with monkeypatch.context() as m, raises(OSError, match="no space"):
         m.setattr(torch, "save", write_half)
         is_new()
     assert not any((tmp_path / "cache").glob("*.pt"))
@@ -566,9 +568,11 @@ def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp
     state = load_file(tmp_path / "run" / "model.safetensors")
 
     assert (again.k, again.n_a, again.n_b, again.tied) == (5, 4, 3, True)
-    assert {name: list(weights.shape) for name, weights in state.items()} == {
+    shapes = {name: list(weights.shape) for name, weights in state.items()}
+    assert shapes == json.loads("""{
         "W_enc": [2, 8, 32], "b_enc": [32], "W_dec": [32, 2, 8], "b_dec": [2, 8],
-        "mean": [2, 8], "scale": [2, 8]}
+        "mean": [2, 8], "scale": [2, 8]
+    }""")
 
     # raw in, raw out; normalised between
     z_NMD = again.normalise(x_NMD)
@@ -584,11 +588,11 @@ def test_cut_and_foreign_crosscoders_are_refused(tmp_path):
     os.truncate(tmp_path / "cut" / "model.safetensors", 900)
 
     for folder in (tmp_path / "cut", tmp_path / "nothing", TINY / "base"):
-        with pytest.raises(ValueError, match=str(folder)):
+        with raises(ValueError, match=str(folder)):
             dfc.load(folder)
 
 
-@pytest.mark.parametrize("same", [False, True])
+@each("same", [False, True])
 def test_planted_exclusive_features_are_recovered_and_two_equal_models_yield_none(same):
     x_NMD, d_CMD = toy.plant(C=40, D=32, N=4000, active=3)  # concepts 0 to 7 are A's alone
     if same:
@@ -687,7 +691,7 @@ def test_the_published_recipe_switches_every_departure_off():
         assert getattr(paper, name) != getattr(dfc.Settings(), name)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@each("seed", [0, 1])
 def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_equal_weights(
         seed, world, tmp_path, monkeypatch):
     run = tmp_path / "run"
@@ -701,7 +705,7 @@ def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_e
         raise KeyboardInterrupt
 
     # killed
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as m, raises(KeyboardInterrupt):
         m.setattr(dfc.Crosscoder, "save_pretrained", save_and_die)
         call(dfc, *flags)
     assert not files(tmp_path)
@@ -821,7 +825,7 @@ distinct         steer.py RUN --latents 999
 """
 
 
-@pytest.mark.parametrize("said, command", cells_of(BAD))
+@each("said, command", cells_of(BAD))
 def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
         said, command, bad, world, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(bad)
@@ -904,7 +908,7 @@ EXACT = """
 """  # exact is equality as JSON has it, and a response where no call is wanted
 
 
-@pytest.mark.parametrize("line", cells_of(GOLDEN + CHOICES + EXACT), ids=" ".join)
+@each("line", cells_of(GOLDEN + CHOICES + EXACT), ids=" ".join)
 def test_the_scorers_golden_table(line):
     form, correctness, paper, exact, *words = line
     gold, said = map(spell, words)
@@ -914,7 +918,7 @@ def test_the_scorers_golden_table(line):
 
     assert s["exact"] == int(exact)
     assert -1 + s["paper_format"] + 2 * s["paper_tool"] == int(paper)
-    assert make.toolrl_reward(said, gold) == pytest.approx(float(form) + float(correctness))
+    assert make.toolrl_reward(said, gold) == approx(float(form) + float(correctness))
 
 
 def test_the_parser_raises_nothing_whatever_goes_in():
@@ -965,14 +969,14 @@ def test_a_tag_in_a_value_is_read_or_makes_the_row_unreadable():
 
 
 def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
-    assert list(ev.wilson(8, 10).values()) == pytest.approx([80, 49.02, 94.33], abs=.01)
-    assert list(ev.wilson(0, 10).values()) == pytest.approx([0, 0, 27.75], abs=.01)
+    assert list(ev.wilson(8, 10).values()) == approx([80, 49.02, 94.33], abs=.01)
+    assert list(ev.wilson(0, 10).values()) == approx([0, 0, 27.75], abs=.01)
 
     after, before = np.random.default_rng(1).integers(0, 2, (2, 400))
     mean = 100 * (after - before).mean()
     half = 1.96 * 100 * (after - before).std() / 400 ** .5
     change = ev.paired(after, before)
-    assert list(change.values()) == pytest.approx([mean, mean - half, mean + half], abs=.5)
+    assert list(change.values()) == approx([mean, mean - half, mean + half], abs=.5)
 
 
 def test_chance_never_reads_the_question_and_needs_rows_that_list_their_tools():
@@ -983,8 +987,8 @@ def test_chance_never_reads_the_question_and_needs_rows_that_list_their_tools():
         ev.totals(answers, rows)["all"] for answers in ev.chance_answers(rows).values())
 
     assert first["paper_tool"]["pct"] == drawn["paper_tool"]["pct"] == 100
-    assert first["exact"]["pct"] == pytest.approx(100 / 3)
-    assert response["exact"]["pct"] == pytest.approx(100 / 3)
+    assert first["exact"]["pct"] == approx(100 / 3)
+    assert response["exact"]["pct"] == approx(100 / 3)
     many = ev.chance_answers([ONE] * 30)["random tool with {}"]
     assert len(set(many)) == 3
     assert ev.chance_answers([ONE, {**NONE, "instruction": "no tools"}]) == {}
@@ -1023,10 +1027,6 @@ def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
     assert re.search(r"a.jsonl +50.0 +50.0 +50.0 +100.0 +0.0\n", out)
     assert "no chance lines" in out
 
-    (tmp_path / "b.jsonl").write_text(as_lines(right, wrong))
-    assert call(ev, "--score", tmp_path / "b.jsonl") == 0
-    assert "first tool with {}" in capsys.readouterr().out
-
 
 # ---- 8. Generate, reconstruct --------------------------------------------------------------------
 def slowly(model, tokenizer, prompt, max_new, keep, v_D, everywhere=False):
@@ -1053,7 +1053,7 @@ def slowly(model, tokenizer, prompt, max_new, keep, v_D, everywhere=False):
     return dfc.answer_prefix(prompt) + tokenizer.decode(said) + end
 
 
-@pytest.mark.parametrize("family", ["the pair", "Llama", "Qwen3Next", "Mistral", "Gemma2", "GPT2"])
+@each("family", ["the pair", "Llama", "Qwen3Next", "Mistral", "Gemma2", "GPT2"])
 def test_batched_answers_patched_once_or_at_every_token_equal_one_prompt_one_token_at_a_time(
         family, models, tokenizer):
     model = models["toolrl"]
@@ -1188,7 +1188,7 @@ def test_cohens_d_is_the_textbook_value():
 
     d_L = steer.cohens_d(p_PL, q_QL)
 
-    assert d_L.item() == pytest.approx(2 / ((4 + 1) / 2) ** .5)
+    assert d_L.item() == approx(2 / ((4 + 1) / 2) ** .5)
 
 
 def test_auroc_counts_pairs_ties_half():
@@ -1199,7 +1199,7 @@ def test_auroc_counts_pairs_ties_half():
 
     order_PQL = torch.sign(p_PL[:, None] - q_QL)  # 1, 0 or -1
     slow_L = (1 + order_PQL.mean((0, 1))) / 2
-    assert auroc_L.tolist() == pytest.approx(slow_L.tolist())
+    assert auroc_L.tolist() == approx(slow_L.tolist())
 
 
 def test_latent_scaling_tells_a_feature_of_a_alone_from_one_b_has_too_in_any_units():
@@ -1207,23 +1207,19 @@ def test_latent_scaling_tells_a_feature_of_a_alone_from_one_b_has_too_in_any_uni
     f_NL = torch.rand(500, 5)
     cc.W_dec.zero_()
     cc.b_dec.fill_(5)
-    cc.W_dec[0, 0, 0] = 1
-    cc.W_dec[1, 0, 1] = 1
-    cc.W_dec[2, :, 3] = 1
-    cc.W_dec[3, 0, 4] = 1
-    cc.W_dec[4, 1, 5] = 1
-
+    cc.W_dec[[0, 1, 3], 0, [0, 1, 4]] = 1
+    cc.W_dec[[2, 2, 4], [0, 1, 1], [3, 3, 5]] = 1
     cc.scale.copy_(torch.tensor([[10.], [.1]]))
     x_NMD = cc.decode(f_NL)
     x_NMD[:, 1, 1] += f_NL[:, 1] * .1  # B has 1 as well: the mask alone hides it
 
     nu_error_L, nu_recon_L = latent_scaling.exclusivity(cc, x_NMD, f_NL)
 
-    assert nu_error_L[:4].tolist() == pytest.approx([0, 1, 1, 0], abs=1e-4)
-    assert nu_recon_L[:4].tolist() == pytest.approx([0, 0, 1, 0], abs=1e-4)
+    assert nu_error_L[:4].tolist() == approx([0, 1, 1, 0], abs=1e-4)
+    assert nu_recon_L[:4].tolist() == approx([0, 0, 1, 0], abs=1e-4)
 
 
-@pytest.mark.parametrize("contrast", ["prompts", "texts"])
+@each("contrast", ["prompts", "texts"])
 def test_latents_are_ranked_by_dev_prompts_or_dev_texts_in_the_authors_columns(
         contrast, run, dev):
     s = run.settings
@@ -1244,7 +1240,7 @@ def test_latents_are_ranked_by_dev_prompts_or_dev_texts_in_the_authors_columns(
     assert [row["cohens_d"] for row in rows] == sorted(slow["cohens_d"].tolist(), reverse=True)
     for row in rows:
         for name, slow_L in slow.items():
-            assert row[name] == pytest.approx(slow_L[row["feature_idx"]].item(), abs=1e-3)
+            assert row[name] == approx(slow_L[row["feature_idx"]].item(), abs=1e-3)
         assert (row["partition"] == "A-exclusive") is (row["feature_idx"] < run.cc.n_a)
 
     # by default the best A-exclusive one is steered
@@ -1317,10 +1313,10 @@ def test_a_change_stands_beside_controls_of_its_length_and_its_margin_is_over_th
 
         # percentage points of 20 prompts
         own, *random, a_minus_b = [5 * (n - 15) for n in counts]
-        shown = {name: [c["pp"] for c in found] for name, found in result["controls"].items()}
-        assert result["effect"]["pp"] == pytest.approx(own)
-        assert shown == {"random": pytest.approx(random), "A - B": [pytest.approx(a_minus_b)]}
-        assert result["margin"]["pp"] == pytest.approx(margin)
+        shown = [c["pp"] for found in result["controls"].values() for c in found]
+        assert result["effect"]["pp"] == approx(own)
+        assert shown == approx([*random, a_minus_b])
+        assert result["margin"]["pp"] == approx(margin)
         assert result["clean"] == {"exact": 75, "false_calls": 7}
         assert result["false_calls"] == counts[0]
         assert result["controls"]["A - B"][0]["false_calls"] == counts[3]
@@ -1435,7 +1431,7 @@ def test_a_run_is_evaluated_and_keeps_every_answer_and_total(world, metrics):
             if name != "clean":
                 before = versions["clean"]["needs"]["exact"]["pct"]
                 change = total["needs"]["exact"]["pct"] - before
-                assert total["change"]["pp"] == pytest.approx(change)
+                assert total["change"]["pp"] == approx(change)
         for answer in answers:
             assert answer[m]["own vector"] == answer[m]["clean"]
 
@@ -1445,17 +1441,17 @@ def test_a_run_is_steered_and_keeps_every_answer_and_change(world, metrics):
     rows = [{"output": line["gold"]} for line in lines]
 
     for name, result in metrics["steering"]["changes"].items():
-        clean = ev.totals([line[f"clean {result['model']}"] for line in lines], rows)
-        total = ev.totals([line[name] for line in lines], rows)
-        assert result["clean"]["exact"] == pytest.approx(clean["needs"]["exact"]["pct"])
-        change = total["needs"]["exact"]["pct"] - clean["needs"]["exact"]["pct"]
-        assert result["effect"]["pp"] == pytest.approx(change)
-        assert result["false_calls"] == pytest.approx(total["none"]["false_call"]["pct"])
+        _, found = ev.tabulate({
+            "clean": [line[f"clean {result['model']}"] for line in lines],
+            "changed": [line[name] for line in lines],
+        }, rows)
+        assert result["effect"] == found["changed"]["change"]
+        assert result["clean"]["exact"] == found["clean"]["needs"]["exact"]["pct"]
+        assert result["false_calls"] == found["changed"]["none"]["false_call"]["pct"]
 
     assert metrics["steering"]["rows"] == {"needs": 2, "none": 3}
     assert 0 < sum(metrics["l0"].values()) < 8.01
-    assert "cohens_d,auroc,fire_rate_tool,fire_rate_nontool" in (
-        world.run / "ranking.csv").read_text()
+    assert "cohens_d,auroc,fire_rate_tool" in (world.run / "ranking.csv").read_text()
 
 
 def test_the_table_of_a_sweep_has_the_published_figures_beside_ours(world, metrics, capsys):
@@ -1493,7 +1489,7 @@ def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_
     assert [int(i) - 1 for i in shown] == f_T.nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("n", [20, 0])
+@each("n", [20, 0])
 def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
         n, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1558,7 +1554,7 @@ def test_every_command_of_the_readme_is_understood(monkeypatch):
     assert commands
     for program, argv in commands:
         monkeypatch.setattr(sys, "argv", [program, *shlex.split(argv)])
-        with pytest.raises(KeyboardInterrupt):
+        with raises(KeyboardInterrupt):
             runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
@@ -1568,7 +1564,7 @@ def test_the_piece_in_the_readme_prints_its_figures(capsys):
 
     shares = list(map(float, re.findall(r"tensor\((.*?)\)", capsys.readouterr().out)))
     assert shares[:2] == [0, 0]
-    assert shares[2:] == pytest.approx([.68, 0], abs=.25)
+    assert shares[2:] == approx([.68, 0], abs=.25)
 
 
 def test_each_exercise_fails_as_it_stands_and_passes_with_its_solution():
@@ -1579,7 +1575,7 @@ def test_each_exercise_fails_as_it_stands_and_passes_with_its_solution():
     for skeleton, test, solution in exercises:
         test += re.search(r"test_\w+\(\)", test)[0]
         exec(skeleton + solution + test, {})
-        with pytest.raises((AssertionError, NotImplementedError)):
+        with raises((AssertionError, NotImplementedError)):
             exec(skeleton + test, {})
 
 
@@ -1627,7 +1623,7 @@ def copy_piece(names):
     return copied
 
 
-@pytest.mark.parametrize("names", PIECES, ids=lambda names: names.split()[0])
+@each("names", PIECES, ids=lambda names: names.split()[0])
 def test_each_piece_can_be_copied_alone(names, tokenizer):
     here = {**vars(dfc), **vars(ev), **vars(steer)}
     copied = copy_piece(names.split())
@@ -1688,11 +1684,10 @@ def test_saturation_takes_the_first_n_latents_away_and_copies_them(run, ranking)
 
 def test_the_best_cell_is_chosen_on_dev_and_reported_on_test():
     cells = [grid.Cell("A", grid.Scaling(alpha, (5,))) for alpha in (2., 4.)]
-    dev, test = ({
-        grid.CLEAN: steer.Outcome([0, 0], 0, []),
-        cells[0].scaling: steer.Outcome(weak, 3, []),
-        cells[1].scaling: steer.Outcome(strong, 90, []),
-    } for weak, strong in (([0, 1], [1, 1]), ([1, 1], [1, 0])))
+    scalings = [grid.CLEAN, *(cell.scaling for cell in cells)]
+    on_dev = of_hits(0, 2), of_hits(1, 2, 3), of_hits(2, 2, 90)
+    on_test = of_hits(0, 2), of_hits(2, 2, 3), of_hits(1, 2, 90)
+    dev, test = (dict(zip(scalings, found)) for found in (on_dev, on_test))
 
     best = grid.best_of(dev, test, cells)
     less_false = grid.best_of(dev, test, cells, less_false=True)
@@ -1711,4 +1706,4 @@ def test_the_lesson_runs_from_the_first_cell_to_the_last_also_without_pictures(w
         if "outputs" in cell:  # it holds code
             exec("".join(cell["source"]), here)
 
-    assert here["claims"]
+    assert here["changes_seen"]

@@ -17,7 +17,7 @@ from dfc import atomically, cli, errors_about
 
 
 def convert(chat):
-    """A chat {"messages", "tools"[, "split"]} -> a row {"instruction", "input", "output", "split"}."""
+    """A chat {"messages", "tools"[, "split"]} -> a row of ours."""
     *before, last = chat["messages"]
 
     # the tools as a numbered list, which the chance lines read
