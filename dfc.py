@@ -16,17 +16,18 @@ DFC is from arXiv 2602.11729.)
 
     latents = [ A-exclusive: n_a | B-exclusive: n_b | shared ]
 
-n_a = n_b = 0 is the plain crosscoder, the paper's baseline. n_a = n_b = L / 2 is two autoencoders
-that share the k places. Shapes are suffixes, as in x_BMD: B vectors of a batch, N in all, M = 2
-models (0 is A, 1 is B), D residual width, L latents, k active latents, T tokens, E = M D. Settings
-are in section 5, small helpers in section 6.
+n_a = n_b = 0 is the plain crosscoder, the paper's baseline; n_a = n_b = L / 2 is two autoencoders
+that share the k places. By default n_b = 0: what only B has must be written by shared latents and
+cancelled in A. So an A-exclusive latent can mean "added by RL" or "removed by RL".
+
+Suffixes are shapes, as in x_BMD: B vectors of a batch, N in all, M = 2 models (0 is A, 1 is B), D
+residual width, L latents, k active latents, T tokens, E = M D.
 
     python dfc.py                          # the toy pair in tiny/: half a minute on an idle laptop
     python dfc.py --dict 8192 --k 45       # as many latents as the paper's smaller dictionaries
     python dfc.py --excl 0                 # the plain crosscoder
-    python dfc.py --recipe paper           # trained as published
+    python dfc.py --recipe paper           # trained as published; --preset paper: its models
     python dfc.py --preset smol            # a real language model, made by extras/smol.py
-    python dfc.py --preset paper           # Qwen2.5-3B and ToolRL (a GPU, the Hugging Face hub)
     bash run_sweep.sh                      # the paper's 48 settings, scaled to the toy pair
 """
 
@@ -75,9 +76,7 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
 
     tied: a shared latent writes the same row into both models (--tie-shared). Untied, a difference
     between A and B can hide in a shared latent, whose two rows differ. Tied, it must use exclusive
-    latents. Mind the default n_b = 0: what only B has is then written into both by a shared latent
-    and cancelled in A by an A-exclusive one. So an A-exclusive latent may stand for something that
-    RL removed. Without exclusive latents tied models could differ by mean, scale and b_dec only, so
+    latents. Without exclusive latents tied models could differ by mean, scale and b_dec only, so
     there `tied` has no effect.
 
     random_encoder: as published, the encoder is drawn apart from the decoder (--no-fair-start).
@@ -130,8 +129,8 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
     def confine(self, W_enc, W_dec):
         """Zero, in place, what exclusive latents may not read or write, and replace the two rows of
         a tied latent by their mean. For weights before training and for gradients in each step.
-        (The gradient of a tied row would be the sum of the two. Adam ignores the factor 2; the norm
-        by which gradients are clipped is a little smaller.)"""
+        (The true gradient of a tied row is the sum of the two. Adam does not see the factor of 2;
+        clipping does, slightly.)"""
         a, b = self.n_a, self.n_a + self.n_b
         W_enc[1, :, :a] = W_dec[:a, 1] = 0      # A-exclusive latents do not read or write B
         W_enc[0, :, a:b] = W_dec[a:b, 0] = 0    # B-exclusive latents do not read or write A
@@ -167,7 +166,8 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
         encode() takes raw vectors and decode() returns them. The published code saves neither, and
         evaluates on vectors that are not normalised.
 
-        The scale is one number for each model, its root mean square: directions stay as they are.
+        The scale is one number for each model, the root mean square of x - mean: directions within
+        a model are kept.
         by_coordinate: the standard deviation of each coordinate, as published (there, one for tool
         texts and another for plain texts; a crosscoder can keep one)."""
         self.mean.copy_(x_NMD.float().mean(0))
@@ -181,8 +181,8 @@ class Crosscoder(nn.Module, PyTorchModelHubMixin):
         that of the last partition (the shared latents, if there are any).
 
         An exclusive latent reads one model, a shared one two. With the published initialisation
-        exclusive latents are selected several to dozens of times less often at first, and many
-        never become active."""
+        exclusive latents are at first selected 9 to 28 times less often (k 160 and 45, L 8192), and
+        many never become active."""
         pre_BL = self.preactivate(self.normalise(x_BMD))
         wanted = pre_BL[:, self.partitions()[-1].latents].std()
         for part in self.partitions():
@@ -227,7 +227,7 @@ def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
     they write. Each partition has 2 k places of its own, or the many shared latents would fill them
     all. The error is detached: live latents must not learn from it. A dead latent whose pre is
     negative on all of these vectors learns nothing in this step."""
-    n_pairs = 1 + len(z_BMD) // 4  # a quarter of the batch revives as many latents as all of it
+    n_pairs = 1 + len(z_BMD) // 4  # speed: on the toy a quarter of the batch revived as many
     error_BMD = (z_BMD - zhat_BMD).detach()[:n_pairs]
 
     total = z_BMD.new_zeros(())
@@ -262,8 +262,8 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_mean=False, l1_shared=2e-5, l
     order = batches(len(x_NMD), batch, seed)
     opt = torch.optim.Adam(cc.parameters(), lr=lr, fused=True)
 
-    # speed: bf16 for the product (2) of a large dictionary, where rounding depends on the device. A
-    # small one gains nothing
+    # speed: from 4,096 latents on the product (2) is in bf16. The latents it selects can differ a
+    # little from those of encode(), and from those of a device without bf16
     bf16 = has_bf16(x_NMD.device) and len(cc.b_enc) >= 4096
 
     lambda_L = torch.full_like(cc.b_enc, l1_shared)
@@ -399,8 +399,8 @@ def batches_by_length(ids, most_tokens):
 
 
 def collect(models, tokenizer, texts, layer, longest=4096):
-    """The residual vector of each model at each text's last token (paper section 3) -> x_NMD, fp16
-    on the CPU.
+    """The residual vector of each model at each text's last token (paper section 3) -> x_NMD, on
+    the CPU, in fp16 to save memory.
 
     models: A and B, which read the same token ids. A text of more than `longest` tokens loses its
     beginning. Padding is on the right, where causal attention does not look, so the batch does not
@@ -430,10 +430,10 @@ TOOL_ROW = ("instruction", "input", "output")  # the texts of a tool row: system
 def tool_texts(file, tokenizer, split, n, seed=0, whole_prompts=True):
     """n tool texts from the rows of a split.
 
-    whole_prompts: half of the texts are whole prompts. They end where the answer begins, at the
-    token at which eval_toolcall.py and steer.py patch; published texts are sentence chunks, and
-    none ends there. The other half show the dictionary other tokens: they are prompts with their
-    answers, cut at a random blank. Rows are used again if they are too few.
+    whole_prompts: half of the texts are whole prompts, because their last token is the one that
+    eval_toolcall.py and steer.py patch; no published text ends there. The rest are prompts with
+    their answers, cut at a random blank, for variety. Both take the rows in the order of the file,
+    and again from the first if they are too few.
 
     Not whole_prompts: as published, at most n chunks of prompts with their answers."""
     dialogues = []  # (prompt, the rest of its right answer)
@@ -570,16 +570,15 @@ class Settings:
     l1_excl: float = 2e-5    # lambda of exclusive latents in (6)
     seed: int = 0           # of weights, texts and batches
 
-    # where we depart from the paper; the reasons stand where each is used. The paper gives B as
-    # many exclusive latents as A: then a difference may be split over A's and B's
-    excl_b: float = 0.          # B-exclusive share
-    tie_shared: bool = True     # shared latents write one row into both models
-    fair_start: bool = True     # encoder: the decoder transposed, all partitions of equal spread
-    by_coordinate: bool = False  # the scale of (1): one for each coordinate, not for each model
-    l1_mean: bool = False       # (6) as a mean over latents, not as a weighted sum
-    revive: float = 1 / 32      # weight of (7); 0 leaves dead latents dead
-    schedule: bool = True       # warm up, and let the learning rate fall
-    whole_prompts: bool = True  # half of the tool texts are whole prompts
+    # where we depart from the paper, and where the reason stands
+    excl_b: float = 0.          # B-exclusive share; -1: as large as A's, as published (header)
+    tie_shared: bool = True     # shared latents write one row into both models (Crosscoder)
+    fair_start: bool = True     # encoder: the decoder transposed, partitions of equal spread
+    by_coordinate: bool = False  # the scale of (1) for each coordinate, not each model (fit_scale)
+    l1_mean: bool = False       # (6) as a mean over latents, not a weighted sum (l1_penalty)
+    revive: float = 1 / 32      # weight of (7); 0 leaves dead latents dead (aux_loss)
+    schedule: bool = True       # warm up, and let the learning rate fall (train)
+    whole_prompts: bool = True  # half of the tool texts are whole prompts (tool_texts)
 
     def __post_init__(self):
         for name, value in vars(self).items():  # the project's own files, wherever it is run from
@@ -597,7 +596,7 @@ PRESETS = {  # the options that each stands for
              "--lr 1e-4"}
 RECIPES = {
     "dfc": "",
-    "paper": "--excl-b .1 --no-tie-shared --no-fair-start --by-coordinate --l1-mean --revive 0 "
+    "paper": "--excl-b -1 --no-tie-shared --no-fair-start --by-coordinate --l1-mean --revive 0 "
              "--no-schedule --no-whole-prompts --l1-shared 1e-3 --l1-excl 1e-3"}
 
 
@@ -634,10 +633,10 @@ def parse_args(argv=None):
 def new_crosscoder(s, activation_dim):
     """An untrained crosscoder with these settings. Raises ValueError."""
     sizes = []
-    for share in (s.excl, s.excl_b):
-        if not 0 <= share <= 1 or 0 < share * s.dict < 1 or s.excl == 0 < s.excl_b:
-            raise ValueError(f"--excl {s.excl:g} --excl-b {s.excl_b:g}: each is 0 or gives one of "
-                             f"{s.dict} latents at least; --excl 0 goes with --excl-b 0")
+    for share in (s.excl, s.excl if s.excl_b == -1 else s.excl_b):
+        if not 0 <= share <= 1 or 0 < share * s.dict < 1:
+            raise ValueError(f"--excl {s.excl:g} --excl-b {s.excl_b:g}: a share is 0, or at least "
+                             f"one of {s.dict} latents")
         sizes.append(int(share * s.dict + 1e-6))  # as in the paper; .29 * 100 is 28.999999999999996
     return Crosscoder(activation_dim, s.dict, s.k, *sizes, s.tie_shared, not s.fair_start)
 
@@ -695,8 +694,7 @@ def train_run(s):
         "seconds": time.time() - began,
         "files": fingerprint("", s),
         "config": vars(s),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     with errors_about(s.out), atomically(Path(s.out)) as folder:
         cc.save_pretrained(folder)
         (folder / "README.md").unlink()  # an empty model card
@@ -733,14 +731,13 @@ def main(argv=None):
     if other:
         raise ValueError(f"{s.out} is a run with another {', '.join(other)}: give another --out")
     if metrics["files"] != fingerprint("", s):
-        sys.stderr.write(f"{s.out} was trained before its models or rows changed\n")
+        sys.stderr.write(f"{s.out} was trained before its models or rows changed or moved\n")
 
     lines = {
         "fve": "variance of dev texts explained: 1 is all of it, below .5 train longer",
         "l0": f"active latents of a pair: they sum to k = {s.k}, unless few pre are positive",
         "live": "share of latents ever active: near 0, the partition learned nothing",
-        "loss": "shares of the loss in the last step: mse should be most of it",
-    }
+        "loss": "shares of the loss in the last step: mse should be most of it"}
     for name, text in lines.items():
         values = "".join(f"{key} {value:.3g}   " for key, value in metrics[name].items())
         print(f"{name:6s}{values:56s}{text}")
@@ -767,7 +764,7 @@ def read_metrics(folder):
 
 def check_pair(s):
     """Look at models and rows before any work is done, and print what they are. Raises ValueError
-    if the run, or its evaluation, could not be finished."""
+    on what can be seen without loading a model."""
     # the models: the same tokens and width, enough positions
     names = s.model_a, s.model_b
     with errors_about(f"{s.model_a} with {s.model_b} (folders or hub names)"):
@@ -800,15 +797,16 @@ def has_bf16(device):
 
 
 def fingerprint(what, s):
-    """A hash of `what` (anything that JSON can hold), and of the name, size and time stamp of each
-    file of a run's models and rows, also of what a link points to. A model of the hub lies in the
-    hub's cache, in a folder of its commit; a dataset of the hub is known by its name only."""
+    """A hash of `what` (anything that JSON can hold), and of the names and time stamps of the files
+    of a run's models and rows (of a link, of what it points to). A model of the hub is known by its
+    commit, a dataset of the hub by its name."""
     stamps = [what, s.tool_texts, s.plain_texts]
-    folders = [Path(cached_file(name, "config.json")).parent for name in (s.model_a, s.model_b)]
-    for path in [*folders, Path(s.tool_texts), Path(s.plain_texts)]:
+    for name in (s.model_a, s.model_b):
+        stamps.append(Path(cached_file(name, "config.json")).parent.name)
+    for path in map(Path, (s.model_a, s.model_b, s.tool_texts, s.plain_texts)):
         for file in [path, *sorted(path.glob("*"))]:
             if file.is_file():
-                stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+                stamps.append([file.name, file.stat().st_mtime_ns])
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
 
 

@@ -306,7 +306,7 @@ def parse_block(body):
 def parameters_of(call):
     """A call's parameters as canonical JSON: equal texts are equal values. In OpenAI's format they
     are JSON in a string. Absent, null, "" and [] are no parameters."""
-    values = call.get("parameters", call.get("arguments")) or {}
+    values = call.get("parameters") or call.get("arguments") or {}
     if isinstance(values, str):
         values = json.loads(values, parse_float=as_number)
     if not isinstance(values, dict):
@@ -522,7 +522,7 @@ def evaluate(run, most_rows, template):
     texts = {}
     for m, name in enumerate("AB"):
         patches = reconstructions(run.cc, x_NMD, m)
-        if s.by_coordinate:  # as published, evaluated on vectors that are not normalised
+        if s.by_coordinate:  # as published: the evaluation forgot to normalise (dfc.fit_scale)
             raw = copy.deepcopy(run.cc)
             raw.mean.zero_()
             raw.scale.fill_(1)

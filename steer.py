@@ -1,8 +1,8 @@
 """Steer single latents: do they carry what reinforcement learning added?
 
-Rank the A-exclusive latents by how well they separate prompts that need a tool from prompts, in the
-same template, that need none. Change the best one at the prompt's last token, where the answer
-begins, and count exact calls. With S the latents that are changed, one or several,
+Rank the latents by how well they separate prompts that need a tool from prompts, in the same
+template, that need none. Change the best A-exclusive one at the prompt's last token, where the
+answer begins, and count exact calls. With S the latents that are changed, one or several,
 
     written_n = sum_{l in S} f_nl W_dec[l, A] scale_A      (8) what S writes into A at prompt n
 
@@ -16,16 +16,17 @@ Near a decision almost any vector changes the answer. So each change is compared
 vectors of the same length on each prompt along other directions:
 
     random         10 random directions
-    latents        other latents of the same partition, those that separate best
+    latents        the 20 other latents of the same partition that separate best
     A - B          difference of means: A minus B, on prompts that need a tool
     needs - none   difference of means of A: prompts that need a tool minus prompts that need none
 
-The last two need labels and no dictionary. The margin is the effect minus that of the strongest
-control, positive where the latents do more. The strongest is picked on the test prompts, which
-favours the controls; alpha and c are tuned for the latents alone, which favours the latents. If no
-strength helps on dev prompts the smallest is taken.
-Controls of "copied" have the latents' length, so they leak A's decision as well. Latents, alpha and
-c are chosen on dev prompts, and what is printed is of test prompts.
+The margin is the effect minus that of the strongest control, positive where the latents do more.
+Latents, alpha and c are chosen on dev prompts; what is printed is of test prompts. Note:
+- The strongest control is picked on the test prompts, which favours the controls.
+- alpha and c are tuned for the latents alone, which favours the latents. They are taken even if
+  none helps: the smallest that is as good as the best within the noise.
+- Controls take their length on each prompt from the latents: where these are silent, they do
+  nothing. So under "copied" they leak A's decision, too.
 
     python steer.py                                    # the newest run of dfc.py: a minute
     python steer.py --prompt "Wake me up at 7:15."     # your own words: seconds
@@ -267,7 +268,7 @@ def measure_change(run, m, prompts, v_ND, directions, clean, sign=1):
 def steer(run, latents, ranking, dev, most_rows):
     """All changes on test prompts -> (what metrics.json keeps, {change: answers}, the prompts)."""
     cc = run.cc
-    few_dev = read_prompts(run, "dev", 30)  # sixteen strengths on all of them take too long
+    few_dev = read_prompts(run, "dev", 30)  # speed: each of sixteen strengths answers them all
     test = read_prompts(run, "test", most_rows)
     dev_ND = written(cc, few_dev.f_NL, latents)
     test_ND = written(cc, test.f_NL, latents)
@@ -340,8 +341,8 @@ def print_table(steering):
 
 # ---- 6. Your own prompt --------------------------------------------------------------------------
 def own_prompt(run, text):
-    """A user's words, in the prompt of the test row that is most like them, which should list a
-    fitting tool."""
+    """A user's words in the prompt of the test row that shares most words with them. Nothing checks
+    that its tools fit: they are printed."""
     rows, _ = load_prompts(run.settings.tool_texts, run.tokenizer, "test", run.longest_prompt)
     words = set(text.lower().split())
 
@@ -371,7 +372,7 @@ def steer_own_words(run, latents, text, alphas):
     for alpha, (answer,) in zip(alphas, said):
         print(f"\n--- alpha = {alpha:g}\n{answer}")
 
-    # read the clean answer again, token by token
+    # read the clean answer again, token by token (its tokens may differ from those generated)
     clean = prompt + said[0][0].removeprefix(answer_prefix(prompt)).removesuffix(" [cut]")
     ids_1T = torch.tensor(token_ids(run.tokenizer, [clean]), device=written_1D.device)
     x_MTD = [residual_stream(model, ids_1T, s.layer)[0] for model in run.models.values()]
