@@ -70,4 +70,5 @@ fi
 
 # the joint table, by whoever ends last
 for run in "${runs[@]}"; do evaluated "$run" || { echo "process $rank of $world is done"; exit 0; }; done
-python extras/table.py "${runs[@]}"
+table=$(python extras/table.py "${runs[@]}")
+echo "$table" | tee "$OUT/table.txt"
