@@ -1507,7 +1507,7 @@ def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
         assert "reconstruction, raw" in (folder / "metrics.json").read_text()
 
 
-# ---- 11. The embedded pair, the README, the pieces -----------------------------------------------
+# ---- 11. The toy pair, the README, the pieces ----------------------------------------------------
 README = (ROOT / "README.md").read_text()
 
 
