@@ -108,9 +108,8 @@ def main(argv=None):
         cc.fit_scale(train_NMD, s.by_coordinate)
 
     # the run
-    metrics = {**dfc.measure(cc, train_NMD, dev_NMD), "config": vars(s),
-               "files": dfc.fingerprint("", s), "crosscoder": args.name,
-               "loss": {}}  # its loss was not published
+    metrics = dfc.measure(cc, train_NMD, dev_NMD)
+    metrics.update(config=vars(s), files=dfc.fingerprint("", s), crosscoder=args.name, loss={})
     with dfc.atomically(Path(s.out)) as folder:
         cc.save_pretrained(folder)
         (folder / "README.md").unlink()  # an empty model card
