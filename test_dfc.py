@@ -185,6 +185,7 @@ def test_a_fair_start_gives_every_partition_the_same_spread():
     x_NMD[:, 1] += 2 * x_NMD[:, 0]  # they are alike
 
     shared_MDL = cc.W_enc[..., 400:].clone()
+    assert torch.equal(shared_MDL, cc.W_dec[400:].permute(1, 2, 0) / 2)  # the mean of two models
     cc.fit_scale(x_NMD)
     cc.fair_start(x_NMD)
 
@@ -754,6 +755,10 @@ def test_trained_as_published_each_coordinate_has_a_scale(world):
     assert call(dfc, *world.flags, "--recipe=paper", "--steps=1", "--out", run) == 0
 
     assert dfc.load(run).scale.std(1).all()
+    cc = small()
+    x_NMD = torch.randn(400, 2, 8) * torch.rand(8) + 3
+    cc.fit_scale(x_NMD, by_coordinate=True)
+    assert close(cc.normalise(x_NMD).std(0), torch.ones(2, 8), .01)
 
 
 FILES = """
@@ -909,6 +914,7 @@ GOLDEN = """
 """  # ToolRL's format and correctness; paper_overall; exact; the gold answer; what is said
 CHOICES = """
 1   2.25  2  0   THINK [ WEATHER ]         THINK [ WEATHER {"name":"x"} ]
+1   2.25  2  0   THINK [ WEATHER ]         THINK [ WEATHER WEATHER ]
 1  -3     2  0   THINK [ WEATHER ]         THINK [ WEATHER BARE ]
 1  -3     2  0   THINK [ WEATHER ]         THINK [ LIST ]
 0   3     2  0   THINK [ WEATHER ]         THINK [ WEATHER [ ]
