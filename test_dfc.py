@@ -415,6 +415,8 @@ SHORT     {"name": "get_weather", "parameters": {"city": "Paris"}}
 EMPTY     {"name": "get_weather", "parameters": {}}
 LIST      {"name": "get_weather", "parameters": []}
 BARE      {"name": "get_weather"}
+PART      {"name": "weather", "parameters": {}}
+LONGER    {"name": "my_get_time", "parameters": {}}
 TIME      {"name": "get_time", "parameters": {"tz": "CET"}}
 RENAMED   {"name": "get_time", "parameters": {"city": "Paris", "days": 3}}
 FIVE      {"name": "get_weather", "parameters": {"city": "Paris", "days": 5}}
@@ -925,6 +927,8 @@ CHOICES = """
 EXACT = """
 1   1.5   2  0   THINK [ TEXT ]            THINK [ WEATHER ]
 1   3     2  1   THINK [ WEATHER ]         THINK [ DECIMAL ]
+1  -3     2  0   THINK [ WEATHER ]         THINK [ PART ]
+1  -3     2  0   THINK [ WEATHER ]         THINK [ LONGER ]
 1   3     0  0   THINK [ TRUE ]            THINK [ INT ]
 1   3     0  1   THINK [ BA ]              THINK [ AB ]
 0   0    -1  0   THINK RESPONSE            Yes.
