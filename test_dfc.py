@@ -682,6 +682,11 @@ def test_the_published_recipe_switches_every_departure_off():
     for name in departures.split():
         assert getattr(paper, name) != getattr(dfc.Settings(), name)
 
+    # an encoder of its own, where ours reads what it writes
+    for settings, alike in ((paper, False), (dfc.Settings(), True)):
+        cc = dfc.new_crosscoder(settings, 8)
+        assert torch.equal(cc.W_enc[0, :, 0], cc.W_dec[0, 0]) is alike
+
 
 @each("seed", [0, 1])
 def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_equal_weights(
