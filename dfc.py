@@ -774,9 +774,9 @@ def check_pair(s):
         if differ or a.hidden_size != b.hidden_size:
             raise ValueError(f"their widths are {a.hidden_size} and {b.hidden_size}, and "
                              f"{len(differ)} tokens differ: {differ[:3]}")
-        if not 0 < s.max_new < s.longest <= getattr(a, "max_position_embeddings", s.longest):
-            raise ValueError(f"--max-new {s.max_new} must be 1 or more and less than --longest "
-                             f"{s.longest}, which must lie within A's positions")
+    if not 0 < s.max_new < s.longest <= getattr(a, "max_position_embeddings", s.longest):
+        raise ValueError(f"--max-new {s.max_new} must be 1 or more and less than --longest "
+                         f"{s.longest}, which must lie within A's positions")
     sys.stderr.write(f"models  {a.num_hidden_layers} blocks of width {a.hidden_size}, "
                      f"{len(ids_a)} tokens\n")
 

@@ -4,7 +4,7 @@ A and its base B answer the test prompts. Then they answer again, and their resi
 prompt's last token is replaced: by the crosscoder's reconstruction of it (paper section 4), by
 parts of that reconstruction, and by controls.
 
-    python eval_toolcall.py                          # the newest run of dfc.py: half a minute
+    python eval_toolcall.py                          # the newest run of dfc.py: a minute
     python eval_toolcall.py runs/a runs/b            # several runs
     python eval_toolcall.py --score answers.jsonl    # your own rows {output, prediction}: seconds
 
@@ -95,9 +95,9 @@ def generate(model, tokenizer, prompts, max_new, layer=0, v_VND=None, replace=Fa
 
     answers = [[None] * len(ids) for _ in v_VND]
     bar = tqdm(total=len(v_VND) * len(ids), desc="answers", leave=False, disable=None)
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     for batch in batches_by_length(ids, most_tokens):
-        # pad on the left, so that all prompts end at the same place
-        pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        # padded on the left, all prompts end at the same place
         rows = [torch.tensor(ids[n], device=model.device) for n in batch]
         ids_BT = pad(rows)
         mask_BT = pad([torch.ones_like(row) for row in rows])

@@ -28,7 +28,7 @@ Latents, alpha and c are chosen on dev prompts; what is printed is of test promp
 - Controls take their length on each prompt from the latents: where these are silent, they do
   nothing. So under "copied" they leak A's decision, too.
 
-    python steer.py                                    # the newest run of dfc.py: a minute
+    python steer.py                                    # the newest run of dfc.py: two minutes
     python steer.py --prompt "Wake me up at 7:15."     # your own words: seconds
 """
 
