@@ -270,8 +270,7 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_mean=False, l1_shared=2e-5, l
     lambda_L[:cc.n_a + cc.n_b] = l1_excl
     silent_L = torch.zeros_like(lambda_L)  # steps since a latent was last active
 
-    bar = tqdm(range(steps), "train", leave=False, disable=None)
-    for step in bar:
+    for step in tqdm(range(steps), "train", leave=False, disable=None):
         # batch
         z_BMD = cc.normalise(x_NMD[next(order).to(x_NMD.device)])
 
@@ -308,7 +307,6 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_mean=False, l1_shared=2e-5, l
         opt.step()
 
         if step % 50 == 0 or step + 1 == steps:
-            bar.set_postfix(mse=f"{mse.item():.4f}")
             if not all(t.isfinite().all() for t in [mse, *cc.parameters()]):
                 raise ValueError(f"training diverged: lower --lr {lr:g}, or the vectors do not fit "
                                  "into fp16 and are not finite: take another layer")
@@ -333,10 +331,10 @@ def load_model(name, device):
             raise ValueError("an adapter: merge it into its base first (peft: merge_and_unload)")
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", output_loading_info=True)
-        missing = sorted(report["missing_keys"])
+        missing = report["missing_keys"]
         if missing:
-            raise ValueError(f"{len(missing)} weights are not in its file, such as {missing[0]}")
-        return model.to(device).eval().requires_grad_(False), tokenizer
+            raise ValueError(f"{len(missing)} weights are not in its file, such as {min(missing)}")
+        return model.to(device).requires_grad_(False), tokenizer
 
 
 def token_ids(tokenizer, texts):
@@ -528,10 +526,8 @@ def split_of(row):
     """train, dev or test: the row's own "split", otherwise drawn by a hash of the row, 80 : 10 :
     10. Raises ValueError."""
     tenths = ["dev", "test"] + 8 * ["train"]
-    split = row.get("split")
-    if not split:
-        text = json.dumps(row, sort_keys=True, default=str)
-        split = tenths[zlib.crc32(text.encode()) % 10]
+    text = json.dumps(row, sort_keys=True, default=str)
+    split = row.get("split") or tenths[zlib.crc32(text.encode()) % 10]
     if split not in tenths:
         raise ValueError(f"a split is train, dev or test, not {split!r}")
     return split
@@ -568,7 +564,8 @@ class Settings:
     lr: float = 1e-3        # highest learning rate of Adam
     l1_shared: float = 2e-5  # lambda of shared latents in (6)
     l1_excl: float = 2e-5    # lambda of exclusive latents in (6)
-    seed: int = 0           # of weights, texts and batches
+    seed: int = 0           # of weights, batches and texts
+    text_seed: int = -1     # of where tool texts are cut; -1: as seed. Fixed, dictionaries share x
 
     # where we depart from the paper, and where the reason stands
     excl_b: float = 0.          # B-exclusive share; -1: as large as A's, as published (header)
@@ -589,7 +586,8 @@ class Settings:
 PRESETS = {  # the options that each stands for
     "tiny": "",
     "smol": "--model-a runs/smollm2/toolrl --model-b runs/smollm2/base --n-texts 6000 "
-            "--plain-texts runs/smollm2/plain.jsonl --layer 28 --longest 2048 --dict 1024 --k 16",
+            "--plain-texts runs/smollm2/plain.jsonl --layer 28 --longest 2048 --dict 1024 --k 16 "
+            "--text-seed 0",
     "paper": "--model-a chengq9/ToolRL-Qwen2.5-3B --model-b Qwen/Qwen2.5-3B --n-texts 40000 "
              "--tool-texts emrecanacikgoz/ToolRL --plain-texts HuggingFaceFW/fineweb:sample-10BT "
              "--layer 13 --longest 4096 --max-new 512 --dict 8192 --k 45 --steps 9000 --batch 1024 "
@@ -673,7 +671,8 @@ def train_run(s):
     """Collect, train, measure, save. The folder gets its name when all is in it."""
     # 1. collect; the dev texts are the same for all settings
     began = time.time()
-    x_NMD = activations(s, "train", s.n_texts, s.seed, s.whole_prompts)
+    text_seed = s.seed if s.text_seed < 0 else s.text_seed
+    x_NMD = activations(s, "train", s.n_texts, text_seed, s.whole_prompts)
     dev_NMD = activations(s, "dev", 300)
     if x_NMD[:, 0].equal(x_NMD[:, 1]):
         sys.stderr.write("A's vectors equal B's: the models do not differ at this layer\n")
@@ -793,7 +792,7 @@ def check_pair(s):
 def has_bf16(device):
     """Whether the device multiplies in bf16: CUDA does, and some CPUs."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # old torch does not tell
-    return torch.device(device).type == "cuda" or bool(known.get("avx512_bf16"))
+    return torch.device(device).type == "cuda" or known.get("avx512_bf16", False)
 
 
 def fingerprint(what, s):
@@ -836,6 +835,7 @@ def cli(main, argv=None):
     exit status 2."""
     if not sys.stderr.isatty():  # a bar is for a terminal
         logging.disable_progress_bar()
+    logging.set_verbosity_error()  # missing weights are an error of ours, in one line
     try:
         return main(argv)
     except (ValueError, OSError) as e:

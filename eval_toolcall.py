@@ -70,24 +70,23 @@ from dfc import (
 )
 
 
-# ---- 1. Generate: greedy, batched, patched -------------------------------------------------------
+# ---- 1. Generate: batched, patched ---------------------------------------------------------------
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new, layer=0, v_VND=None, replace=False,
-             most_tokens=16_384):
-    """Greedy answers to N prompts, V times over; each time another vector is added to the residual
-    vector at a prompt's last token, or put in its place -> [V][N] texts (paper section 4). B
-    prompts make a batch of T tokens; D is the residual width.
+             seed=None, most_tokens=16_384):
+    """Answers to N prompts, V times over; each time another vector is added to the residual vector
+    at a prompt's last token, or put in its place -> [V][N] texts (paper section 4).
 
     In version v, v_VND[v, n] is added to the output of block `layer` at the last token of prompt n,
-    or replaces it. That happens once, before the answer begins. Without v_VND there is one version,
-    in which nothing is changed.
+    or replaces it, once, before the answer begins. Without v_VND nothing is changed.
 
         1. read tokens 1 ... T-1 of the prompt once, and keep them in the cache
         2. in each version, read token T with its vector added or put in place
         3. write the answer token by token, from the version's copy of the cache
 
-    An answer of max_new tokens has not ended by itself, and " [cut]" is appended. most_tokens
-    bounds the prompts of a batch. Raises ValueError if logits are not finite."""
+    seed: None for greedy answers, a number for samples at temperature 1, with the same noise in all
+    versions. Answers of max_new tokens end in " [cut]". most_tokens bounds a batch. Raises
+    ValueError if logits are not finite."""
     ids = token_ids(tokenizer, prompts)
     ends = end_tokens(model, tokenizer)
     if v_VND is None:
@@ -112,8 +111,11 @@ def generate(model, tokenizer, prompts, max_new, layer=0, v_VND=None, replace=Fa
 
         # 2. and 3. answer in each version
         for v, v_ND in enumerate(v_VND):
-            said = decode_greedily(model, ids_BT[:, -1:], mask_BT, copy.deepcopy(cache), layer,
-                                   v_ND[batch], replace, max_new, ends)
+            noise = None
+            if seed is not None:
+                noise = torch.Generator(model.device).manual_seed(seed + batch[0])
+            said = decode(model, ids_BT[:, -1:], mask_BT, copy.deepcopy(cache), layer,
+                          v_ND[batch], replace, max_new, ends, noise)
             for n, tokens in zip(batch, said):
                 answers[v][n] = answer_prefix(prompts[n]) + tokenizer.decode(tokens)
                 answers[v][n] += " [cut]" if len(tokens) == max_new else ""
@@ -122,26 +124,29 @@ def generate(model, tokenizer, prompts, max_new, layer=0, v_VND=None, replace=Fa
     return answers
 
 
-def decode_greedily(model, next_B1, mask_BT, cache, layer, v_BD, replace, max_new, ends):
-    """A token list for each prompt, without the token that ended it. next_B1 are the prompts' last
-    tokens: at these alone, in the first pass, block `layer` is patched. mask_BT covers them and
-    what is in the cache. (model.generate would follow the sampling, penalties and minimum lengths
-    that a model's own files ask for.)"""
+def decode(model, next_B1, mask_BT, cache, layer, v_BD, replace, max_new, ends, noise=None):
+    """A token list for each prompt, without the token that ended it: greedy, or sampled with a
+    torch.Generator. next_B1 are the prompts' last tokens: at these alone, in the first pass, block
+    `layer` is patched. mask_BT covers them and what is in the cache. (model.generate would follow
+    the temperature, penalties and minimum lengths that a model's own files ask for.)"""
     def patch(h_B1D):
         v_B1D = v_BD[:, None].to(h_B1D)
         return v_B1D if replace else h_B1D + v_B1D
 
     keep_cache = {cache_argument(model): cache, "use_cache": True}
     answers = [[] for _ in next_B1]
-    active = list(range(len(answers)))
+    active = list(answers)  # those that have not ended
     for step in range(max_new):
         with hooked(model, layer, patch) if step == 0 else nullcontext():
             out = model(input_ids=next_B1, attention_mask=mask_BT,
                         position_ids=mask_BT.sum(1, keepdim=True) - 1, **keep_cache)
-        next_B = out.logits[:, -1].argmax(-1)
-        if not out.logits[:, -1].isfinite().all():
+        logits = out.logits[:, -1].float()  # (B, size of the vocabulary)
+        if not logits.isfinite().all():
             raise ValueError(f"logits of {model.name_or_path} are not finite: a weight is not, or "
                              f"what was added is too long for {model.dtype} ({v_BD.norm():.3g})")
+        if noise:  # the largest of logits + Gumbel noise is a sample of their softmax
+            logits -= torch.empty_like(logits).exponential_(generator=noise).log()
+        next_B = logits.argmax(-1)
 
         # an answer that ends leaves the batch, and its row leaves the cache
         going = torch.isin(next_B, ends, invert=True).nonzero()[:, 0]
@@ -153,8 +158,8 @@ def decode_greedily(model, next_B1, mask_BT, cache, layer, v_BD, replace, max_ne
         if not active:
             break
 
-        for i, token in zip(active, next_B.tolist()):
-            answers[i].append(token)
+        for answer, token in zip(active, next_B.tolist()):
+            answer.append(token)
         next_B1 = next_B[:, None]
         mask_BT = F.pad(mask_BT, (0, 1), value=1)
     return answers
@@ -258,8 +263,8 @@ def responds(prediction, gold):
 def tool_names(row):
     """The tools that a row's instruction lists ("1. Name: get_weather"), in order. Names may hold
     blanks."""
-    pattern = r"^[ \t]*\d+\.[ \t]*Name:[ \t]*(\S.*?)\s*$"
-    return re.findall(pattern, str(row.get("instruction") or ""), re.MULTILINE)
+    pattern = r"(?m)^[ \t]*\d+\.[ \t]*Name:[ \t]*(\S.*?)\s*$"
+    return re.findall(pattern, str(row.get("instruction") or ""))
 
 
 class Parsed(NamedTuple):
@@ -335,8 +340,7 @@ def wilson(hits, n, z=1.96):
     width even at 0 and at n hits."""
     centre = hits + z * z / 2
     half = z * (hits * (n - hits) / n + z * z / 4) ** .5
-    low = 100 * (centre - half) / (n + z * z)
-    high = 100 * (centre + half) / (n + z * z)
+    low, high = (100 * end / (n + z * z) for end in (centre - half, centre + half))
     return {"pct": 100 * hits / n, "lo": low if hits else 0., "hi": high if hits < n else 100.}
 
 
@@ -350,39 +354,34 @@ def paired(after, before):
     return {"pp": float(difference.mean()), "lo": float(low), "hi": float(high)}
 
 
-def totals(answers, rows):
-    """{"all", "needs", "none": {"n", "exact": {pct, lo, hi}, and so on for each score}}, of the
-    answers to all rows, to those that need a tool and to those that need none. A group without rows
-    is absent."""
-    groups = {"all": [], "needs": [], "none": []}
-    for answer, row in zip(answers, rows):
-        scores = score(answer, row)
-        groups["all"].append(scores)
-        groups["needs" if needs_tool(row) else "none"].append(scores)
+def totals(scores, rows):
+    """score() of the answers to some rows -> {"all", "needs", "none": {"n", "exact": {pct, lo, hi},
+    and so on for each score}}, of all rows, of those that need a tool and of those that need none.
+    A group without rows is absent."""
+    groups = {"all": scores, "needs": [], "none": []}
+    for each, row in zip(scores, rows):
+        groups["needs" if needs_tool(row) else "none"].append(each)
 
     out = {}
     for group, members in groups.items():
         if members:
             out[group] = {"n": len(members)}
             for name in members[0]:
-                out[group][name] = wilson(sum(scores[name] for scores in members), len(members))
+                out[group][name] = wilson(sum(each[name] for each in members), len(members))
     return out
 
 
-def chance_answers(rows, seed=0):
+def chance_answers(rows):
     """{name: an answer to each row} that never reads the question. Empty if a row lists no tool."""
-    if not all(map(tool_names, rows)):
+    tools = [tool_names(row) for row in rows]
+    if not all(tools):
         return {}
-    rng = random.Random(seed)
+    rng = random.Random(0)
     call = '<think> . </think>\n<tool_call>\n{{"name": {}, "parameters": {{}}}}\n</tool_call>'
-    response = "<think> . </think>\n<response> Yes. </response>"
-    answers = {"first tool with {}": [], "random tool with {}": [], "always a response": []}
-    for row in rows:
-        names = [json.dumps(name) for name in tool_names(row)]
-        answers["first tool with {}"].append(call.format(names[0]))
-        answers["random tool with {}"].append(call.format(rng.choice(names)))
-        answers["always a response"].append(response)
-    return answers
+    first = [call.format(json.dumps(names[0])) for names in tools]
+    drawn = [call.format(json.dumps(rng.choice(names))) for names in tools]
+    always = ["<think> . </think>\n<response> Yes. </response>"] * len(rows)
+    return {"first tool with {}": first, "random tool with {}": drawn, "always a response": always}
 
 
 def tabulate(answers, rows):
@@ -404,9 +403,9 @@ def tabulate(answers, rows):
     out = {}
     exact = {}  # of each line, on the rows that need a tool
     for name, said in answers.items():
-        out[name] = totals(said, rows)
-        pairs = [pair for pair in zip(said, rows) if needs_tool(pair[1])]
-        exact[name] = [score(text, row)["exact"] for text, row in pairs]
+        scores = [score(text, row) for text, row in zip(said, rows)]
+        out[name] = totals(scores, rows)
+        exact[name] = [each["exact"] for each, row in zip(scores, rows) if needs_tool(row)]
 
         left = right = change = ""
         if "needs" in out[name]:
@@ -438,6 +437,7 @@ class Run:
     models: dict        # {"A": the RL-tuned model, "B": its base}
     tokenizer: object   # A's, which serves both
     folder: Path        # of dfc.py; results go there
+    samples: int = 0    # answers to a prompt, sampled at temperature 1; 0: one greedy answer
 
     @property
     def longest_prompt(self):
@@ -474,9 +474,9 @@ def is_readable(row):
     """Do we understand the right answer: is it exact against itself? It is not if a tag stands in a
     value, or if it calls a tool in a format of Mistral, Llama, OpenAI, DeepSeek, Qwen-Agent, ReAct,
     Gemma or Python instead of in <tool_call>."""
-    other_format = (r'\[TOOL_CALLS\]|<\|python_tag|<\|channel|<｜tool|<function|<invoke|✿|^Action:'
-                    r'|```tool_code|^\[\w+\(|"(?:arguments|parameters)"\s*:')
-    if "<tool_call>" not in row["output"] and re.search(other_format, row["output"], re.MULTILINE):
+    other_format = (r'(?m)\[TOOL_CALLS\]|<\|python_tag|<\|channel|<｜tool|<function|<invoke|✿'
+                    r'|^Action:|```tool_code|^\[\w+\(|"(?:arguments|parameters)"\s*:')
+    if "<tool_call>" not in row["output"] and re.search(other_format, row["output"]):
         return False
     return score(row["output"], row)["exact"] == 1
 
@@ -520,6 +520,8 @@ def evaluate(run, most_rows, template):
 
     # both models: clean, then patched
     texts = {}
+    tables = {}
+    into = {}
     for m, name in enumerate("AB"):
         patches = reconstructions(run.cc, x_NMD, m)
         if s.by_coordinate:  # as published: the evaluation forgot to normalise (dfc.fit_scale)
@@ -532,10 +534,9 @@ def evaluate(run, most_rows, template):
         clean, = generate(model, run.tokenizer, prompts, s.max_new)
         patched = generate(model, run.tokenizer, prompts, s.max_new, s.layer, v_VND, replace=True)
         texts[name] = {"clean": clean, **dict(zip(patches, patched))}
+        tables[name], into[name] = tabulate(texts[name], rows)
 
-    # score, save, print
-    table_a, into_a = tabulate(texts["A"], rows)
-    table_b, into_b = tabulate(texts["B"], rows)
+    # save, print
     table_chance, chance = tabulate(chance_answers(rows), rows)
     lines = []
     for i, row in enumerate(rows):
@@ -543,12 +544,12 @@ def evaluate(run, most_rows, template):
         for name, versions in texts.items():
             answers[name] = {version: said[i] for version, said in versions.items()}
         lines.append({"prompt": prompts[i], "gold": row["output"], "answers": answers})
-    evaluation = {"models": {"A": into_a, "B": into_b}, "chance": chance, "rows": len(rows),
+    evaluation = {"models": into, "chance": chance, "rows": len(rows),
                   "template": template, "seconds": time.time() - began}
     save_result(run.folder, "evaluation", evaluation, lines, "eval.jsonl")
 
-    print(f"\n{run.folder}, layer {s.layer}, test prompts, into A\n{table_a}")
-    print(f"\ninto B\n{table_b}")
+    print(f"\n{run.folder}, layer {s.layer}, test prompts, into A\n{tables['A']}")
+    print(f"\ninto B\n{tables['B']}")
     print(f"\nanswers that never read the question\n{table_chance}")
 
 

@@ -23,17 +23,17 @@ vectors of the same length on each prompt along other directions:
 The margin is the effect minus that of the strongest control, positive where the latents do more.
 Latents, alpha and c are chosen on dev prompts; what is printed is of test prompts. Note:
 - The strongest control is picked on the test prompts, which favours the controls.
-- alpha and c are tuned for the latents alone, which favours the latents. They are taken even if
-  none helps: the smallest that is as good as the best within the noise.
+- alpha and c are tuned for the latents alone, which favours the latents (best_strength).
 - Controls take their length on each prompt from the latents: where these are silent, they do
   nothing. So under "copied" they leak A's decision, too.
 
     python steer.py                                    # the newest run of dfc.py: two minutes
+    python steer.py --samples 5                        # sampled answers: a quarter of an hour
     python steer.py --prompt "Wake me up at 7:15."     # your own words: seconds
 """
 
 import argparse
-import csv
+import json
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,16 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dfc import (
-    answer_prefix,
-    atomically,
-    cli,
-    plain_texts,
-    prompt_of,
-    residual_stream,
-    token_ids,
-    tool_texts,
-)
+from dfc import answer_prefix, atomically, cli, prompt_of, residual_stream, token_ids
 from eval_toolcall import (
     at_least_one,
     generate,
@@ -119,8 +110,7 @@ def rank_latents(cc, f_PL, f_QL):
         "fire_rate_tool": (f_PL > 0).float().mean(0),
         "fire_rate_nontool": (f_QL > 0).float().mean(0),
         "mean_tool": f_PL.mean(0),
-        "mean_nontool": f_QL.mean(0),
-    }
+        "mean_nontool": f_QL.mean(0)}
     rows = []
     for latent in columns["cohens_d"].argsort(descending=True).tolist():
         row = {"partition": partition_of(cc, latent), "feature_idx": latent}
@@ -128,19 +118,6 @@ def rank_latents(cc, f_PL, f_QL):
             row[name] = value_L[latent].item()
         rows.append(row)
     return rows
-
-
-def rank(run, dev, contrast):
-    """rank_latents() by dev prompts, or as published by dev texts."""
-    f_PL = dev.f_NL[dev.needs_N]
-    f_QL = dev.f_NL[~dev.needs_N]
-    if contrast == "texts":
-        s = run.settings
-        tool = tool_texts(s.tool_texts, run.tokenizer, "dev", 300, whole_prompts=False)
-        plain = plain_texts(s.plain_texts, run.tokenizer, "dev", 300)
-        f_PL = run.cc.encode(run.vectors(tool))
-        f_QL = run.cc.encode(run.vectors(plain))
-    return rank_latents(run.cc, f_PL, f_QL)
 
 
 def partition_of(cc, latent):
@@ -158,16 +135,16 @@ def best_latents(ranking, partition):
 
 def choose_latents(cc, ranking, asked=None):
     """The latents asked for, or the best A-exclusive one (of a plain crosscoder the best of all).
-    Raises ValueError unless they are distinct and of one partition that writes into A."""
+    Raises ValueError unless they are of one partition that writes into A."""
     partition = "A-exclusive" if cc.n_a else "shared"
     best = best_latents(ranking, partition)
-    latents = asked or best[:1]
+    latents = sorted(set(asked or best[:1]))
     homes = {partition_of(cc, latent) for latent in latents}
     if not latents:
         raise ValueError(f"no {partition} latent is larger where a tool is needed: give --latents")
-    if len(homes) > 1 or homes & {None, "B-exclusive"} or len(set(latents)) < len(latents):
-        raise ValueError(f"latents {latents}: name distinct ones of one partition that writes A, "
-                         f"such as {best[:9]}")
+    if len(homes) > 1 or homes & {None, "B-exclusive"}:
+        raise ValueError(f"latents {latents}: name some of one partition that writes A, such as "
+                         f"{best[:9]}")
     return latents
 
 
@@ -187,10 +164,9 @@ def control_directions(cc, dev, others):
     rng = torch.Generator().manual_seed(0)
     random_UD = torch.randn(10, len(b_D), generator=rng).to(b_D)
     latents_UD = cc.W_dec[others, 0] * cc.scale[0]
-    a_minus_b_1D = (needs_D - b_D)[None]
-    needs_minus_none_1D = (needs_D - none_D)[None]
-    directions = {"random": random_UD, "latents": latents_UD, "A - B": a_minus_b_1D,
-                  "needs - none": needs_minus_none_1D}
+    directions = {"random": random_UD, "latents": latents_UD}
+    directions["A - B"] = (needs_D - b_D)[None]
+    directions["needs - none"] = (needs_D - none_D)[None]
     return {name: F.normalize(d_UD) for name, d_UD in directions.items() if len(d_UD)}
 
 
@@ -198,26 +174,31 @@ def control_directions(cc, dev, others):
 class Outcome(NamedTuple):
     """What a model answers to prompts."""
 
-    exact: list         # 0 or 1 for each prompt that needs a tool
-    false_calls: float  # calls on prompts that need none, in percent of these
-    answers: list       # to all prompts, texts
+    exact: list         # for each prompt that needs a tool 0 or 1, or the mean of sampled answers
+    false_calls: float  # calls on prompts that need none, in percent of these answers
+    answers: list       # to all prompts, texts; sampled: to all prompts, and to all again
 
 
 def outcomes(run, m, prompts, v_VND):
     """[Outcome] of model m ("A" or "B") in each version: v_VND[v] is added at the last tokens. None
-    is one version without a change."""
+    is one version without a change. Answers are greedy, or S = run.samples of them are sampled."""
     s = run.settings
+    times = max(1, run.samples)
+    seed = 0 if run.samples else None
+    texts = prompts.texts * times
+    rows = prompts.rows * times
+    if v_VND is not None:
+        v_VND = v_VND.repeat(1, times, 1)
+    versions = generate(run.models[m], run.tokenizer, texts, s.max_new, s.layer, v_VND, seed=seed)
+
     out = []
-    for answers in generate(run.models[m], run.tokenizer, prompts.texts, s.max_new, s.layer, v_VND):
-        exact = []
-        called = []
-        for answer, row, needs in zip(answers, prompts.rows, prompts.needs_N):
-            scores = score(answer, row)
-            if needs:
-                exact.append(scores["exact"])
-            else:
-                called.append(scores["called"])
-        out.append(Outcome(exact, 100 * float(np.mean(called)), answers))
+    for answers in versions:
+        scores = [score(answer, row) for answer, row in zip(answers, rows)]
+        pairs = [[each["exact"], each["called"]] for each in scores]
+        exact_SN, called_SN = np.array(pairs).T.reshape(2, times, -1)
+        exact = exact_SN[:, prompts.needs_N].mean(0).tolist()
+        false_calls = 100 * called_SN[:, ~prompts.needs_N].mean()
+        out.append(Outcome(exact, false_calls, answers))
     return out
 
 
@@ -260,8 +241,7 @@ def measure_change(run, m, prompts, v_ND, directions, clean, sign=1):
         "effect": paired(own.exact, clean.exact),
         "false_calls": own.false_calls,
         "controls": changes,
-        "margin": margin,
-    }
+        "margin": margin}
     return result, own.answers
 
 
@@ -285,8 +265,7 @@ def steer(run, latents, ranking, dev, most_rows):
         "ablated in A": ("A", -test_ND),
         f"scaled by {alpha:g} in A": ("A", (alpha - 1) * test_ND),
         "its maximum added to B": ("B", maximum_ND),
-        f"copied from A into B, x {c:g}": ("B", c * test_ND),
-    }
+        f"copied from A into B, x {c:g}": ("B", c * test_ND)}
 
     # control directions; other latents in the order of the ranking
     part = partition_of(cc, latents[0])
@@ -306,10 +285,12 @@ def steer(run, latents, ranking, dev, most_rows):
         results[name], answers[name] = measure_change(
             run, m, test, v_ND, directions, clean[m], sign)
 
+    chosen = [row for row in ranking if row["feature_idx"] in latents]
+    n_needs = int(test.needs_N.sum())
     steering = {
         "latents": latents,
-        "ranking": [row for row in ranking if row["feature_idx"] in latents],
-        "rows": {"needs": int(test.needs_N.sum()), "none": int((~test.needs_N).sum())},
+        "ranking": chosen,
+        "rows": {"needs": n_needs, "none": len(test.rows) - n_needs},
         "changes": results}
     return steering, answers, test
 
@@ -366,11 +347,14 @@ def steer_own_words(run, latents, text, alphas):
     if n_prompt > run.longest_prompt:
         raise ValueError(f"the prompt has {n_prompt} tokens: {run.longest_prompt} at most")
     alphas = [1., *alphas]
-    written_1D = written(run.cc, run.cc.encode(run.vectors([prompt])), latents)
-    v_VND = torch.stack([(alpha - 1) * written_1D for alpha in alphas])
+    x_1MD = run.vectors([prompt])
+    written_1D = written(run.cc, run.cc.encode(x_1MD), latents)
+    added = {f"alpha = {alpha:g}": (alpha - 1) * written_1D for alpha in alphas}
+    added["A's vector replaced by its reconstruction"] = (run.cc(x_1MD)[0] - x_1MD)[:, 0]
+    v_VND = torch.stack(list(added.values()))
     said = generate(run.models["A"], run.tokenizer, [prompt], s.max_new, s.layer, v_VND)
-    for alpha, (answer,) in zip(alphas, said):
-        print(f"\n--- alpha = {alpha:g}\n{answer}")
+    for name, (answer,) in zip(added, said):
+        print(f"\n--- {name}\n{answer}")
 
     # read the clean answer again, token by token (its tokens may differ from those generated)
     clean = prompt + said[0][0].removeprefix(answer_prefix(prompt)).removesuffix(" [cut]")
@@ -390,11 +374,10 @@ def parse_args(argv=None):
     p.add_argument("run", nargs="?", help="run folder (default: the newest)")
     p.add_argument("--latents", nargs="+", type=int, help="which to change, together (default: the "
                    "A-exclusive one that separates dev prompts best)")
-    p.add_argument("--contrast", choices=["prompts", "texts"], default="prompts", help="rank by "
-                   "prompts that need a tool and prompts that do not (default), or as published by "
-                   "tool texts and plain texts")
     p.add_argument("--rows", type=at_least_one, default=40, help="test rows of each kind, "
                    "which is a row's \"kind\" or whether it needs a tool (40)")
+    p.add_argument("--samples", type=int, default=0, help="score this many answers a prompt, "
+                   "sampled at temperature 1 (default: one greedy answer)")
     p.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one)")
     p.add_argument("--prompt", help="steer A's answer to these words of a user: print the texts, "
                    "and at which tokens the latents are active")
@@ -409,8 +392,9 @@ def main(argv=None):
     args = parse_args(argv)
     began = time.time()
     run = open_run(args.run, device=args.device)
+    run.samples = args.samples
     dev = read_prompts(run, "dev")
-    ranking = rank(run, dev, args.contrast)
+    ranking = rank_latents(run.cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
     latents = choose_latents(run.cc, ranking, args.latents)
     if args.prompt:
         return steer_own_words(run, latents, args.prompt, args.alpha or [0.])
@@ -423,11 +407,10 @@ def main(argv=None):
     for i, row in enumerate(test.rows):
         line = {name: texts[i] for name, texts in answers.items()}
         lines.append({"prompt": test.texts[i], "gold": row["output"], **line})
-    save_result(run.folder, "steering", steering, lines, "steer.jsonl")
-    with atomically(run.folder / "ranking.csv") as part, open(part, "w", newline="") as file:
-        table = csv.DictWriter(file, list(ranking[0]))
-        table.writeheader()
-        table.writerows(ranking)
+    kind = "_sampled" if args.samples else ""
+    save_result(run.folder, f"steering{kind}", steering, lines, f"steer{kind}.jsonl")
+    with atomically(run.folder / "ranking.jsonl") as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in ranking))
 
     print("\n{}, layer {}; test prompts: {needs} need a tool, {none} need none".format(
         run.folder, run.settings.layer, **steering["rows"]))

@@ -1,7 +1,7 @@
 """The specification of dfc: what is true of every piece, one sentence a test, in the order of the
 three files. Where there is one, a piece is compared with a slow, obvious version of it.
 
-    pytest        # a minute on 2 CPU cores, without a GPU and without a network
+    pytest        # a minute and a half on 2 CPU cores, without a GPU and without a network
 """
 # ruff: noqa: S102 - what is executed are this project's own examples
 
@@ -11,16 +11,17 @@ import os
 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import argparse
-import ast
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import random
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from itertools import islice
@@ -41,6 +42,7 @@ import dfc
 import eval_toolcall as ev
 import steer
 from extras import grid, latent_scaling, published, saturation, table, toy
+from extras.exercises import lesson_checks
 from tiny import make
 
 ROOT = Path(dfc.__file__).resolve().parent
@@ -58,12 +60,6 @@ def seeded():
 
 
 @once
-def models():
-    """The toy pair."""
-    return {name: dfc.load_model(str(TINY / name), "cpu")[0] for name in ("toolrl", "base")}
-
-
-@once
 def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(TINY / "toolrl")
 
@@ -72,8 +68,17 @@ def close(a, b, atol=1e-4):
     return torch.allclose(a, b, atol=atol)
 
 
-def as_lines(*rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def write_rows(file, *rows):
+    """A .jsonl file -> its name."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    Path(file).write_text("\n".join(lines) + "\n")
+    return str(file)
+
+
+def replace_in(module, monkeypatch, *stubs):
+    """The functions of these names by these functions."""
+    for stub in stubs:
+        monkeypatch.setattr(module, stub.__name__, stub)
 
 
 def cells_of(table):
@@ -101,82 +106,56 @@ def scaled(k, n_a, n_b):
     return cc
 
 
-def fit(cc, x_NMD, steps=30):
+def fit(cc, x_NMD, steps):
     cc.fit_scale(x_NMD)
     cc.fair_start(x_NMD)
     return dfc.train(cc, x_NMD, steps, batch=64, lr=1e-2, dead_after=2)
 
 
-def slow_forward(cc, x_MD):
-    """(1) to (4) for one pair, a latent at a time -> (xhat_MD, f_L)."""
-    z_MD = (x_MD - cc.mean) / cc.scale
-    pre = [float((z_MD * cc.W_enc[:, :, l]).sum() + b) for l, b in enumerate(cc.b_enc)]
-
-    best = sorted(pre)[-cc.k:]
-    f_L = torch.tensor([p if p in best and p > 0 else 0. for p in pre])
-
-    zhat_MD = cc.b_dec.clone()
-    for f, row_MD in zip(f_L, cc.W_dec):
-        zhat_MD += f * row_MD
-    return zhat_MD * cc.scale + cc.mean, f_L
-
-
 def kept(pre_BL, k):
     """pre_BL with all but the k largest of each row set to zero, and none below zero."""
-    top = pre_BL.topk(k)
-    return torch.zeros_like(pre_BL).scatter(1, top.indices, top.values.relu())
+    least_B1 = pre_BL.sort().values[:, [-k]]
+    return pre_BL.relu() * (pre_BL >= least_B1)
 
 
-def test_top_k_encoder_and_decoder_match_a_python_loop():
+def slow_forward(cc, z_BMD):
+    """(2) to (4), densely -> pre_BL, f_BL, zhat_BMD."""
+    pre_BL = torch.einsum("bmd,mdl->bl", z_BMD, cc.W_enc) + cc.b_enc
+    f_BL = kept(pre_BL, cc.k)
+    return pre_BL, f_BL, torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec) + cc.b_dec
+
+
+def test_encoder_and_decoder_are_the_formulas_in_raw_units():
     cc = scaled(5, 4, 3)
     x_BMD = torch.randn(6, 2, 16) * 3 + 1
 
     xhat_BMD, f_BL = cc(x_BMD)
 
-    for x_MD, xhat_MD, f_L in zip(x_BMD, xhat_BMD, f_BL):
-        slow_xhat_MD, slow_f_L = slow_forward(cc, x_MD)
-        assert close(f_L, slow_f_L)
-        assert close(xhat_MD, slow_xhat_MD)
+    _, slow_f_BL, slow_zhat_BMD = slow_forward(cc, (x_BMD - cc.mean) / cc.scale)
+    assert f_BL.gt(0).sum(1).tolist() == [5] * 6
+    assert close(f_BL, slow_f_BL)
+    assert close(xhat_BMD, slow_zhat_BMD * cc.scale + cc.mean)
 
 
-def test_an_empty_partition_is_the_plain_crosscoder():
-    cc = small(n_a=0, n_b=0)
-    x_NMD = torch.randn(256, 2, 8)
-
-    fit(cc, x_NMD)
-
-    assert [part.name for part in cc.partitions()] == ["shared"]
-    assert cc.W_enc.all()
-    assert cc.W_dec.all()
-
-    # that is: one sparse autoencoder of the pair laid end to end
-    z_NE = cc.normalise(x_NMD).flatten(1)
-    f_NL = kept(z_NE @ cc.W_enc.flatten(0, 1) + cc.b_enc, 5)
-    zhat_NE = f_NL @ cc.W_dec.flatten(1) + cc.b_dec.flatten()
-    xhat_NMD, _ = cc(x_NMD)
-    assert close(cc.normalise(xhat_NMD).flatten(1), zhat_NE)
-
-
-@each("n_a, n_b, tied", [(4, 3, False), (4, 0, True), (16, 16, False)])
-def test_exclusive_latents_never_touch_the_other_model(n_a, n_b, tied):
+@each("n_a, n_b, tied", [(0, 0, False), (4, 3, False), (4, 0, True), (16, 16, True)])
+def test_exclusive_latents_never_touch_the_other_model_and_shared_ones_touch_both(n_a, n_b, tied):
     n = n_a + n_b
     cc = small(n_a, n_b, tied, k=2)
     cc.W_enc.data[..., ::2] *= .1  # too weak to be picked
     x_NMD = torch.randn(256, 2, 8)
 
-    loss = fit(cc, x_NMD)
+    loss = fit(cc, x_NMD, 9)
 
     assert loss["aux"] > 0  # trained, also by the auxiliary loss
-    own = [[True, False]] * n_a + [[False, True]] * n_b
-    for trained in (cc, copy.deepcopy(cc)):
-        # the models that a latent reads, and those that it writes
-        assert trained.W_enc.any(1).T[:n].tolist() == own
-        assert trained.W_dec.any(2)[:n].tolist() == own
 
-        # one decoder row for both models, where shared latents are tied
-        if n < 32:
-            rows_a, rows_b = trained.W_dec[n:].unbind(1)
-            assert torch.equal(rows_a, rows_b) is tied
+    # the models that a latent reads, and those that it writes
+    own = [[True, False]] * n_a + [[False, True]] * n_b + [[True, True]] * (32 - n)
+    assert cc.W_enc.any(1).T.tolist() == own
+    assert cc.W_dec.any(2).tolist() == own
+
+    # one decoder row for both models, where shared latents are tied
+    rows_a, rows_b = cc.W_dec[n:].unbind(1)
+    assert torch.equal(rows_a, rows_b) is tied
 
 
 def test_a_fair_start_gives_every_partition_the_same_spread():
@@ -184,12 +163,11 @@ def test_a_fair_start_gives_every_partition_the_same_spread():
     x_NMD = torch.randn(1000, 2, 32)
     x_NMD[:, 1] += 2 * x_NMD[:, 0]  # they are alike
 
-    shared_MDL = cc.W_enc[..., 400:].clone()
-    assert torch.equal(shared_MDL, cc.W_dec[400:].permute(1, 2, 0) / 2)  # the mean of two models
     cc.fit_scale(x_NMD)
     cc.fair_start(x_NMD)
 
-    assert torch.equal(cc.W_enc[..., 400:], shared_MDL)
+    # that of shared latents, which read the mean of what they write
+    assert torch.equal(cc.W_enc[..., 400:], cc.W_dec[400:].permute(1, 2, 0) / 2)
     pre_NL = cc.preactivate(cc.normalise(x_NMD))
     spread = [pre_NL[:, part.latents].std().item() for part in cc.partitions()]
     assert spread == approx([spread[-1]] * 3, rel=.01)
@@ -205,7 +183,7 @@ def slow_revival(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
         eager_L = torch.zeros_like(dead_L)
         eager_L[part.latents] = dead_L[part.latents]
         if eager_L.any():
-            f_BL = kept(pre_BL * eager_L, 2 * cc.k)
+            f_BL = kept(pre_BL * eager_L, 2 * cc.k)  # others are 0
             guess_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec)
             writes_M = cc.W_dec[part.latents].any(0).any(1)
             total = total + (error_BMD - guess_BMD)[:quarter, writes_M].pow(2).mean()
@@ -224,9 +202,7 @@ def slow_train(cc, x_NMD, steps, batch, lr, l1_mean, l1_shared, l1_excl, revive,
     for step in range(steps):
         # forward
         z_BMD = cc.normalise(x_NMD[next(order)])
-        pre_BL = cc.preactivate(z_BMD)
-        f_BL = kept(pre_BL, cc.k)
-        zhat_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec) + cc.b_dec
+        pre_BL, f_BL, zhat_BMD = slow_forward(cc, z_BMD)
         silent_L = torch.where(f_BL.any(0), 0, silent_L + 1)
 
         # loss
@@ -321,16 +297,10 @@ def random_model(family, **more):
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-@once
-def book():
-    """Plain text, of some 4,000 characters."""
-    return " ".join(row["text"] for row in rows_in(TINY / "text.jsonl")[:40])
-
-
 @each("family", re.findall(r"^\w+", FAMILIES, re.MULTILINE))
-def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, tokenizer, book):
+def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, tokenizer):
     model = random_model(family)
-    texts = [book[i:i + n] for i, n in enumerate((3, 300, 1, 17))]
+    texts = [README[i:i + n] for i, n in enumerate((3, 300, 1, 17))]
 
     for layer, longest in ((0, 4096), (1, 4096), (1, 50)):
         x_NMD = dfc.collect([model, model], tokenizer, texts, layer, longest).float()  # by fp16
@@ -343,41 +313,36 @@ def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family,
 
 def test_a_hook_edits_one_blocks_output_and_is_gone_after_an_exception():
     model = random_model("Llama")
-    ids_1T = torch.tensor([[5, 6, 7]])
-    h_1TD = dfc.residual_stream(model, ids_1T, 1)
-    logits = model(ids_1T).logits
+    read = functools.partial(dfc.residual_stream, model, torch.tensor([[5, 6, 7]]), 1)
+    h_1TD = read()
 
     with raises(ZeroDivisionError), dfc.hooked(model, 1, lambda h_1TD: h_1TD + 1):
-        edited_1TD = dfc.residual_stream(model, ids_1T, 1)
-        edited_logits = model(ids_1T).logits
+        edited_1TD = read()
         raise ZeroDivisionError
 
     assert close(edited_1TD, h_1TD + 1)
-    assert not close(edited_logits, logits)
-    assert torch.equal(model(ids_1T).logits, logits)
+    assert torch.equal(read(), h_1TD)
 
 
 def test_activations_are_kept_under_all_that_changes_them(tmp_path, monkeypatch):
-    for name in ("a", "b"):
-        shutil.copytree(TINY / "toolrl", tmp_path / name)
-    rows = shutil.copy(TINY / "tools.jsonl", tmp_path)
-    s = dfc.Settings(model_a=f"{tmp_path}/a", model_b=f"{tmp_path}/b", tool_texts=rows,
-                     out=f"{tmp_path}/run")
-    loaded = []
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY / "toolrl", "a")
+    shutil.copytree(TINY / "toolrl", "b")
+    shutil.copy(TINY / "tools.jsonl", ".")
+    s = dfc.Settings(model_a="a", model_b="b", tool_texts="tools.jsonl", out="runs/run")
+    collected = []
 
     def collect(models, tokenizer, texts, layer, longest):
-        loaded.append(texts)
-        return torch.full([len(texts), 2, 4], float(layer))
+        collected.append(texts)
+        return torch.zeros(len(texts))
 
     def is_new(n=2, split="dev", **changed):
-        loaded.clear()
+        collected.clear()
         there = dataclasses.replace(s, **changed)
-        x_NMD = dfc.activations(there, split, n, there.seed, there.whole_prompts)
-        assert x_NMD.eq(there.layer).all()
-        assert len(x_NMD) == 2 * n
-        return bool(loaded)
+        dfc.activations(there, split, n, there.seed, there.whole_prompts)
+        return collected != []
 
-    monkeypatch.setattr(dfc, "collect", collect)
+    replace_in(dfc, monkeypatch, collect)
 
     # the same again, and something else
     assert is_new()
@@ -386,18 +351,18 @@ def test_activations_are_kept_under_all_that_changes_them(tmp_path, monkeypatch)
                     {"whole_prompts": False}):
         assert is_new(**changed)
     for touched in ("a/model.safetensors", "b/model.safetensors", "tools.jsonl"):
-        os.utime(tmp_path / touched)
+        os.utime(touched)
         assert is_new()
 
     # what a link points to, and not the time of its folder; a damaged file
-    weights = tmp_path / "b/model.safetensors"
-    for there in ("base", "early"):
-        weights.unlink()
-        weights.symlink_to(TINY / there / "model.safetensors")
-        assert is_new()
-    os.utime(tmp_path / "a")
+    weights = Path("b/model.safetensors").rename("weights")
+    Path("b/model.safetensors").symlink_to(weights.resolve())
     assert not is_new()
-    for file in (tmp_path / "cache").glob("*.pt"):
+    os.utime(weights)
+    assert is_new()
+    os.utime("a")
+    assert not is_new()
+    for file in Path("runs/cache").glob("*.pt"):
         os.truncate(file, 60)
     assert is_new()
 
@@ -425,10 +390,15 @@ DECIMAL   {"name": "get_weather", "parameters": {"city": "Paris", "days": 3.0}}
 MORE      {"name": "get_weather", "parameters": {"city": "Paris", "days": 3, "x": 1}}
 COMMA     {"name": "get_weather", "parameters": {"city": "Paris", "days": 3,}}
 HERMES    {"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}
+STRING    {"name": "get_time", "arguments": "{\\"tz\\": \\"CET\\"}"}
 INT       {"name": "f", "parameters": {"x": 1}}
 TRUE      {"name": "f", "parameters": {"x": true}}
 AB        {"name": "f", "parameters": {"x": {"a": 1, "b": 2}}}
 BA        {"name": "f", "parameters": {"x": {"b": 2, "a": 1}}}
+NOTHING   {"name": "f", "parameters": {}}
+TAG       {"name": "f", "parameters": {"x": "</think><think>"}}
+CLOSES    {"name": "f", "parameters": {"x": "</tool_call>"}}
+ENDS      {"name": "f", "parameters": {"x": "<|im_end|>"}}
 """))  # OPEN is a thought that does not end
 
 
@@ -446,24 +416,21 @@ TWO = row_of("THINK [ SHORT TIME ]")
 NONE = row_of("THINK RESPONSE")
 
 
-def test_a_row_belongs_to_one_split_and_needs_a_tool_where_its_answer_calls_one():
+def test_a_row_belongs_to_its_own_split_or_to_one_drawn_80_10_10():
     counts = Counter(dfc.split_of({"text": str(i)}) for i in range(2000))
-    doubts = row_of("<think> no [ ? </think> RESPONSE")
 
     assert 150 < min(counts["dev"], counts["test"]) < 250
     assert dfc.split_of({"text": "0", "split": "dev"}) == "dev"
-    assert ev.needs_tool(ONE)
-    assert not ev.needs_tool(doubts)
 
 
 def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer(
         tokenizer, tmp_path):
     row = rows_in(TINY / "tools.jsonl", "train")[0]
-    (tmp_path / "one.jsonl").write_text(as_lines(row))
+    there = write_rows(tmp_path / "one.jsonl", row), tokenizer, "train", 40
     prompt = dfc.prompt_of(row, tokenizer)
     whole = prompt + row["output"].removeprefix(dfc.answer_prefix(prompt))
 
-    texts = dfc.tool_texts(f"{tmp_path}/one.jsonl", tokenizer, "train", 40)
+    texts = dfc.tool_texts(*there)
 
     assert whole.count("<think>") == 1
     assert texts[:20] == [prompt] * 20
@@ -474,7 +441,7 @@ def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer
         assert whole[len(text)].isspace()
 
     # as published: chunks that end with a sentence, none a whole prompt
-    pieces = dfc.tool_texts(f"{tmp_path}/one.jsonl", tokenizer, "train", 40, whole_prompts=False)
+    pieces = dfc.tool_texts(*there, whole_prompts=False)
     assert prompt not in pieces
     assert min(map(len, dfc.token_ids(tokenizer, pieces))) >= 30
 
@@ -495,25 +462,27 @@ def test_plain_text_begins_as_the_tokenizer_begins_it_and_prompts_as_the_templat
 
 def test_rows_of_a_data_set_are_those_of_its_file(tmp_path):
     pytest.importorskip("datasets")
-    file = tmp_path / "data" / "train.jsonl"
-    file.parent.mkdir()
-    file.write_text(as_lines(ONE, TWO))
+    write_rows(tmp_path / "train.jsonl", ONE, TWO)
 
-    assert list(dfc.read_rows(str(file.parent), dfc.TOOL_ROW)) == [ONE, TWO]
+    assert list(dfc.read_rows(str(tmp_path), dfc.TOOL_ROW)) == [ONE, TWO]
 
 
 def test_a_model_may_be_a_name_of_the_hub(tmp_path, monkeypatch):
     """Here as the hub's client keeps it, out of the hub's reach."""
-    repo = tmp_path / "models--owner--name"
-    shutil.copytree(TINY / "toolrl", repo / "snapshots/1")
-    (repo / "refs").mkdir()
-    (repo / "refs/main").write_text("1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("toolrl", "base"):
+        repo = tmp_path / f"models--owner--{name}"
+        shutil.copytree(TINY / name, repo / "snapshots/1", copy_function=os.symlink)
+        (repo / "refs").mkdir()
+        (repo / "refs/main").write_text("1")
 
-    s = dfc.Settings(model_a="owner/name", model_b=str(TINY / "toolrl"), out=f"{tmp_path}/run")
-    x_NMD = dfc.activations(s, "dev", 2)
+    local, hub = (
+        dfc.Settings(model_a=f"{home}toolrl", model_b=f"{home}base", out=f"{tmp_path}/run")
+        for home in ("tiny/", "owner/"))
+    x_NMD = dfc.activations(hub, "dev", 2)
 
-    assert torch.equal(x_NMD[:, 0], x_NMD[:, 1])
+    assert torch.equal(x_NMD, dfc.activations(local, "dev", 2))
+    assert not torch.equal(x_NMD[:, 0], x_NMD[:, 1])
 
 
 # ---- 5. Train, save, load ------------------------------------------------------------------------
@@ -541,17 +510,6 @@ class Bomb:
         return Path.touch, (Path("exploded"),)
 
 
-def is_specific(cc, x_NMD, f_PL, f_QL):
-    """Is there an A-exclusive latent that separates P from Q and that A alone has?"""
-    nu_error_L, nu_recon_L = latent_scaling.exclusivity(cc, x_NMD, cc.encode(x_NMD))
-    for row in steer.rank_latents(cc, f_PL, f_QL):
-        l = row["feature_idx"]
-        alone = abs(nu_error_L[l]) < .2 and abs(nu_recon_L[l]) < .5
-        if row["partition"] == "A-exclusive" and row["auroc"] >= .9 and alone:
-            return True
-    return False
-
-
 def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp_path):
     cc = small(tied=True)
     x_NMD = torch.randn(400, 2, 8) * torch.tensor([[.05], [90.]]) + 7
@@ -574,15 +532,6 @@ def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp
     assert dfc.fve(x_NMD, xhat_NMD).min() > .5
 
 
-def test_cut_and_foreign_crosscoders_are_refused(tmp_path):
-    small().save_pretrained(tmp_path / "cut")
-    os.truncate(tmp_path / "cut" / "model.safetensors", 900)
-
-    for folder in (tmp_path / "cut", tmp_path / "nothing", TINY / "base"):
-        with raises(ValueError, match=str(folder)):
-            dfc.load(folder)
-
-
 @each("same", [False, True])
 def test_planted_exclusive_features_are_recovered_and_two_equal_models_yield_none(same):
     x_NMD, d_CMD = toy.plant(C=40, D=32, N=4000, active=3)  # concepts 0 to 7 are A's alone
@@ -591,15 +540,10 @@ def test_planted_exclusive_features_are_recovered_and_two_equal_models_yield_non
 
     cc = toy.fit(x_NMD, .125, tied=True, k=3, steps=500).requires_grad_(False)
 
-    # is a latent of A alone the one that "needs" concept c?
-    specific = 0
-    for c in range(8):
-        ordered_NMD = x_NMD[(x_NMD[:, 0] @ d_CMD[c, 0]).argsort()]
-        f_PL = cc.encode(ordered_NMD[-200:])
-        f_QL = cc.encode(ordered_NMD[:200])
-        ends_NMD = torch.cat([ordered_NMD[-200:], ordered_NMD[:200]])
-        specific += is_specific(cc, ends_NMD, f_PL, f_QL)
-
+    # does A alone have what its latents stand for?
+    nu_error_L, nu_recon_L = latent_scaling.exclusivity(cc, x_NMD, cc.encode(x_NMD))
+    passes_L = (nu_error_L.abs() < .2) & (nu_recon_L.abs() < .5)
+    specific = passes_L[:cc.n_a].sum()
     if same:
         assert specific == 0
     else:
@@ -625,43 +569,37 @@ def files(home):
 
 class World(NamedTuple):
     home: Path    # a folder with tool rows and a run
-    rows: Path    # the two shortest tool rows of every kind and split
+    rows: Path    # two short tool rows of every kind and split
     run: Path
     flags: list   # how it was trained
 
 
 @once
-def world(tmp_path_factory):
-    """A trained run; from then on dfc.py collects at most 60 texts of a kind."""
+def world(tokenizer, tmp_path_factory):
+    """A trained run."""
     home = tmp_path_factory.mktemp("world")
-    kinds = {}
-    for row in sorted(rows_in(TINY / "tools.jsonl"), key=lambda row: len(row["instruction"])):
-        kinds.setdefault((row["split"], row["kind"]), []).append(row)
-    few = [row for rows in kinds.values() for row in rows[:2]]
-    (home / "few.jsonl").write_text(as_lines(*few))
+    few = []
+    for split in ("train", "dev", "test"):
+        rows, _ = ev.load_prompts(str(TINY / "tools.jsonl"), tokenizer, split, 250, 2)
+        few += rows
+    file = write_rows(home / "few.jsonl", *few)
 
-    flags = f"--tool-texts {home}/few.jsonl --n-texts 60 --steps 200 --dict 96 --excl .12"
+    flags = f"--tool-texts {file} --n-texts 60 --steps 200 --dict 96 --excl .12"
     world = World(home, home / "few.jsonl", home / "run", flags.split())
-    activations = dfc.activations
-
-    def few(s, split, n, *more):
-        return activations(s, split, min(n, 60), *more)
-
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(dfc, "activations", few)
-        assert call(dfc, *world.flags, "--out", world.run) == 0
-        yield world
+    assert call(dfc, *world.flags, "--out", world.run) == 0
+    return world
 
 
 ASKED = """
---excl 0                                      0 0 False 2e-05
---excl .05                                    25 0 True 2e-05
---excl-b .05                                  51 25 True 2e-05
---recipe paper                                51 51 False 0.001
---recipe paper --excl 0                       0 0 False 0.001
---recipe paper --tie-shared --l1-shared 0     51 51 True 0.0
---recipe paper --preset paper                 819 819 False 0.001
-"""  # n_a, n_b, tied, l1_shared
+--excl 0                                      0 0 False 2e-05 -1
+--excl .05                                    25 0 True 2e-05 -1
+--excl-b .05                                  51 25 True 2e-05 -1
+--recipe paper                                51 51 False 0.001 -1
+--recipe paper --excl 0                       0 0 False 0.001 -1
+--recipe paper --tie-shared --l1-shared 0     51 51 True 0.0 -1
+--recipe paper --preset paper                 819 819 False 0.001 -1
+--preset smol                                 102 0 True 2e-05 0
+"""  # n_a, n_b, tied, l1_shared, text_seed
 
 
 def test_recipe_and_preset_fill_in_what_is_not_asked_for_and_each_run_has_a_folder_of_its_own():
@@ -669,23 +607,24 @@ def test_recipe_and_preset_fill_in_what_is_not_asked_for_and_each_run_has_a_fold
     for flags, expected in cells_of(ASKED):
         s = dfc.parse_args(flags.split())
         cc = dfc.new_crosscoder(s, 1)
-        assert f"{cc.n_a} {cc.n_b} {cc.tied} {s.l1_shared}" == expected
+        assert f"{cc.n_a} {cc.n_b} {cc.tied} {s.l1_shared} {s.text_seed}" == expected
         folders.add(s.out)
 
-    assert len(folders) == 7
+    assert len(folders) == 8
 
 
 def test_the_published_recipe_switches_every_departure_off():
-    paper = dfc.parse_args(["--recipe", "paper"])
+    paper = dfc.parse_args(["--recipe=paper"])
+    ours = dfc.Settings()
 
     departures = "excl_b tie_shared fair_start by_coordinate l1_mean revive schedule whole_prompts"
     for name in departures.split():
-        assert getattr(paper, name) != getattr(dfc.Settings(), name)
+        assert getattr(paper, name) != getattr(ours, name)
 
     # an encoder of its own, where ours reads what it writes
-    for settings, alike in ((paper, False), (dfc.Settings(), True)):
+    for settings in (paper, ours):
         cc = dfc.new_crosscoder(settings, 8)
-        assert torch.equal(cc.W_enc[0, :, 0], cc.W_dec[0, 0]) is alike
+        assert torch.equal(cc.W_enc[0, :, 0], cc.W_dec[0, 0]) is settings.fair_start
 
 
 @each("seed", [0, 1])
@@ -719,32 +658,32 @@ def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_e
     assert (done[run / "model.safetensors"] == theirs) is (seed == 0)
 
 
-def test_texts_weights_and_batches_depend_on_the_seed_and_dev_texts_are_only_measured(
+def test_the_seed_sets_texts_weights_and_batches_and_a_text_seed_the_texts_alone(
         tmp_path, monkeypatch):
-    drawn = []
+    seeds = {}
+    weights = []
 
     def activations(s, split, n, seed=0, whole_prompts=True):
-        drawn.append((split, seed))
-        return torch.arange(160.).reshape(10, 2, 8).sin() + 9 * (split == "dev")
+        seeds[split] = seed
+        return torch.randn(10, 2, 8) + 9 * (split == "dev")
 
     def train(cc, x_NMD, *how, seed):
-        drawn.append((cc.W_dec.sum().item(), seed, x_NMD.mean() > 5))
+        assert x_NMD.mean() < 5
+        seeds["batches"] = seed
+        weights.append(cc.W_dec.sum())
         return {}
 
     def measure(cc, x_NMD, dev_NMD):
         assert dev_NMD.mean() > 5 > x_NMD.mean()
         return {}
 
-    for stub in (activations, train, measure):
-        monkeypatch.setattr(dfc, stub.__name__, stub)
-    for seed in (3, 4):
-        dfc.train_run(dfc.parse_args(["--seed", str(seed), "--out", f"{tmp_path}/{seed}"]))
+    replace_in(dfc, monkeypatch, activations, train, measure)
+    for flags, texts in (("--seed=3", 3), ("--seed=4", 4), ("--seed=4 --text-seed=3", 3)):
+        s = dfc.parse_args([*flags.split(), f"--out={tmp_path}/{flags}"])
+        dfc.train_run(s)
+        assert seeds == {"train": texts, "dev": 0, "batches": s.seed}
 
-    assert drawn[0::3] == [("train", 3), ("train", 4)]
-    assert drawn[1::3] == [("dev", 0), ("dev", 0)]
-    (weights_3, *rest_3), (weights_4, *rest_4) = drawn[2::3]
-    assert weights_3 != weights_4
-    assert [rest_3, rest_4] == [[3, False], [4, False]]
+    assert weights[0] != weights[1] == weights[2]
 
 
 def test_an_epochs_order_depends_on_the_seed_and_the_epoch():
@@ -793,6 +732,10 @@ FILES = """
 {"config": {"mod
 --- FOREIGN/metrics.json
 {}
+--- STRANGE/config.json
+{}
+--- ADAPTER/adapter_config.json
+{}
 """
 
 
@@ -800,10 +743,11 @@ FILES = """
 def bad(world, tmp_path_factory):
     """A folder with rows, models and runs of every kind that cannot be used, by name."""
     home = tmp_path_factory.mktemp("bad")
-    for name in ("RUN", "DAMAGED", "FOREIGN"):
+    for name in ("RUN", "DAMAGED", "FOREIGN", "STRANGE", "CUT"):
         shutil.copytree(world.run, home / name)
-    for name in ("MODEL", "DROPS", "PARTLY"):
+    for name in ("MODEL", "DROPS", "ADAPTER", "PARTLY"):
         shutil.copytree(TINY / "base", home / name)
+    os.truncate(home / "CUT/model.safetensors", 900)
     publish(home / "PICKLE", b_enc=Bomb())
 
     # a block left out
@@ -829,7 +773,7 @@ MISSING          dfc.py --model-a MISSING
 MISSING          dfc.py --model-b MISSING
 no system role   dfc.py --model-a MODEL
 leaves out       dfc.py --model-a DROPS
-not in its file  dfc.py --model-a PARTLY
+an adapter       dfc.py --model-a ADAPTER
 --excl 0.001     dfc.py --excl .001
 --excl inf       dfc.py --excl inf
 cannot use       dfc.py --model-b .
@@ -848,6 +792,8 @@ no finished run  dfc.py --out FOREIGN
 no finished run  eval_toolcall.py
 no finished run  eval_toolcall.py DAMAGED
 no finished run  steer.py nothing
+cannot use CUT   steer.py CUT
+cannot use STR   eval_toolcall.py STRANGE
 cannot use       published.py PICKLE --preset tiny
 row 2            eval_toolcall.py --score LONE.jsonl
 no row           eval_toolcall.py --score EMPTY.jsonl
@@ -857,9 +803,16 @@ jsonl            eval_toolcall.py --score ""
 --alpha          steer.py RUN --alpha strong
 --prompt         steer.py RUN --alpha 2
 not finite       steer.py RUN --prompt Hi --alpha nan
-distinct         steer.py RUN --latents 1 1
-distinct         steer.py RUN --latents 999
+name some        steer.py RUN --latents 1 50
+name some        steer.py RUN --latents 999
 """
+
+
+def is_one_line(stderr, said):
+    """Is what a program said, after its look at models and rows, one line that says so?"""
+    *look, error = stderr.splitlines()
+    more = [line for line in look if not re.match("models|train|dev|test|collected", line)]
+    return said in error and not more
 
 
 @each("said, command", cells_of(BAD))
@@ -874,13 +827,22 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
     programs = {"dfc.py": dfc, "eval_toolcall.py": ev, "steer.py": steer, "published.py": published}
     status = call(programs[program], *argv)
 
-    *look, error = capfd.readouterr().err.splitlines()
     assert status == 2
-    assert said in error
-    assert not [line for line in look if not re.match("models|train|dev|test|collected", line)]
+    assert is_one_line(capfd.readouterr().err, said)
     assert files(bad) == before
     assert not files(tmp_path)
     assert not Path("exploded").exists()
+
+
+def test_a_model_that_lacks_weights_is_one_line_and_status_2_of_a_process_too(
+        bad, world, tmp_path):
+    argv = ["--model-a", bad / "PARTLY", "--out", tmp_path / "run"]
+
+    done = subprocess.run([sys.executable, ROOT / "dfc.py", *world.flags, *argv],
+                          capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert is_one_line(done.stderr, "12 weights are not in its file")
 
 
 def test_an_error_line_ends_with_what_the_hub_answered(capsys):
@@ -899,64 +861,78 @@ def test_an_error_line_ends_with_what_the_hub_answered(capsys):
 
 # ---- 7. Scores -----------------------------------------------------------------------------------
 GOLDEN = """
-1   3     2  1   THINK [ WEATHER ]         THINK [ WEATHER ]
-1   0.75  2  0   THINK [ WEATHER ]         THINK [ SHORT ]
-1   1.5   2  0   THINK [ WEATHER ]         THINK [ FIVE ]
-1   1.5   2  0   THINK [ WEATHER ]         THINK [ TEXT ]
-1   2.5   2  0   THINK [ WEATHER ]         THINK [ MORE ]
-1  -1.5   2  0   THINK [ WEATHER ]         THINK [ EMPTY ]
-1  -3     2  0   THINK [ WEATHER ]         THINK [ RENAMED ]
-1  -3     2  1   THINK [ WEATHER ]         THINK [ HERMES ]
-1  -3     2  0   THINK [ WEATHER ]         THINK [ COMMA ]
-1   2.25  2  0   THINK [ WEATHER ]         THINK [ WEATHER TIME ]
-0   3     2  1   THINK [ WEATHER ]         [ WEATHER ]
-0   3     2  0   THINK [ WEATHER ]         OPEN [ WEATHER ]
-0  -3     2  0   THINK [ WEATHER ]         THINK [ WEATHER
-0  -3    -1  0   THINK [ WEATHER ]         THINK RESPONSE
-1   0     2  0   THINK [ SHORT TIME ]      THINK [ SHORT ]
-1   3     2  1   THINK [ SHORT TIME ]      THINK [ TIME SHORT ]
-1  -0.5   2  0   THINK [ SHORT WEATHER ]   THINK [ SHORT ]
-0   0     2  0   THINK RESPONSE            THINK [ WEATHER ]
-1   0    -1  1   THINK RESPONSE            THINK RESPONSE
-"""  # ToolRL's format and correctness; paper_overall; exact; the gold answer; what is said
+1   3     2  1  1   THINK [ WEATHER ]         THINK [ WEATHER ]
+1   0.75  2  0  1   THINK [ WEATHER ]         THINK [ SHORT ]
+1   1.5   2  0  1   THINK [ WEATHER ]         THINK [ FIVE ]
+1   1.5   2  0  1   THINK [ WEATHER ]         THINK [ TEXT ]
+1   2.5   2  0  1   THINK [ WEATHER ]         THINK [ MORE ]
+1  -1.5   2  0  1   THINK [ WEATHER ]         THINK [ EMPTY ]
+1  -3     2  0  1   THINK [ WEATHER ]         THINK [ RENAMED ]
+1  -3     2  1  1   THINK [ WEATHER ]         THINK [ HERMES ]
+1  -3     2  0  0   THINK [ WEATHER ]         THINK [ COMMA ]
+1   2.25  2  0  1   THINK [ WEATHER ]         THINK [ WEATHER TIME ]
+0   3     2  1  1   THINK [ WEATHER ]         [ WEATHER ]
+0   3     2  0  0   THINK [ WEATHER ]         OPEN [ WEATHER ]
+0  -3     2  0  1   THINK [ WEATHER ]         THINK [ WEATHER
+0  -3    -1  0  0   THINK [ WEATHER ]         THINK RESPONSE
+1   0     2  0  1   THINK [ SHORT TIME ]      THINK [ SHORT ]
+1   3     2  1  1   THINK [ SHORT TIME ]      THINK [ TIME SHORT ]
+1  -0.5   2  0  1   THINK [ SHORT WEATHER ]   THINK [ SHORT ]
+0   0     2  0  1   THINK RESPONSE            THINK [ WEATHER ]
+1   0    -1  1  0   THINK RESPONSE            THINK RESPONSE
+"""  # ToolRL's format and correctness; paper_overall; exact; called; the gold answer; what is said
 CHOICES = """
-1   2.25  2  0   THINK [ WEATHER ]         THINK [ WEATHER {"name":"x"} ]
-1   2.25  2  0   THINK [ WEATHER ]         THINK [ WEATHER WEATHER ]
-1  -3     2  0   THINK [ WEATHER ]         THINK [ WEATHER BARE ]
-1  -3     2  0   THINK [ WEATHER ]         THINK [ LIST ]
-0   3     2  0   THINK [ WEATHER ]         THINK [ WEATHER [ ]
-0   3     2  0   THINK [ WEATHER ]         OPEN ] </think> [ WEATHER
-1   3     2  1   THINK [ WEATHER ]         THINK [ WEATHER ] <|im_end|> more
-0   0    -1  1   THINK RESPONSE            THINK RESPONSE So.
+1   2.25  2  0  1   THINK [ WEATHER ]         THINK [ WEATHER {"name":"x"} ]
+1   2.25  2  0  1   THINK [ WEATHER ]         THINK [ WEATHER WEATHER ]
+1  -3     2  0  1   THINK [ WEATHER ]         THINK [ WEATHER BARE ]
+1  -3     2  0  1   THINK [ WEATHER ]         THINK [ LIST ]
+0   3     2  0  1   THINK [ WEATHER ]         THINK [ WEATHER [ ]
+0   3     2  0  1   THINK [ WEATHER ]         OPEN ] </think> [ WEATHER
+1   3     2  1  1   THINK [ WEATHER ]         THINK [ WEATHER ] <|im_end|> more
+0   0    -1  1  0   THINK RESPONSE            THINK RESPONSE So.
 """  # what ToolRL's code decides where its formula leaves a choice
 EXACT = """
-1   1.5   2  0   THINK [ TEXT ]            THINK [ WEATHER ]
-1   3     2  1   THINK [ WEATHER ]         THINK [ DECIMAL ]
-1  -3     2  0   THINK [ WEATHER ]         THINK [ PART ]
-1  -3     2  0   THINK [ WEATHER ]         THINK [ LONGER ]
-1   3     0  0   THINK [ TRUE ]            THINK [ INT ]
-1   3     0  1   THINK [ BA ]              THINK [ AB ]
-0   0    -1  0   THINK RESPONSE            Yes.
-0   0    -1  1   Sunny.                    Yes.
-0   0    -1  1   Sunny.                    THINK RESPONSE
-0   0    -1  0   THINK RESPONSE            THINK
-1   0    -1  0   Sunny.                    THINK
-0   0    -1  0   THINK RESPONSE            OPEN
-0   0    -1  0   Sunny.                    OPEN
-1   0    -1  0   THINK RESPONSE            THINK <response> </response>
-0   0    -1  0   Sunny.                    THINK <response> </response>
-"""  # exact is equality as JSON has it, and a response where no call is wanted
+1   1.5   2  0  1   THINK [ TEXT ]            THINK [ WEATHER ]
+1   3     2  1  1   THINK [ WEATHER ]         THINK [ DECIMAL ]
+1  -3     2  0  1   THINK [ WEATHER ]         THINK [ PART ]
+1  -3     2  0  1   THINK [ WEATHER ]         THINK [ LONGER ]
+1   3     0  0  1   THINK [ TRUE ]            THINK [ INT ]
+1   3     0  1  1   THINK [ BA ]              THINK [ AB ]
+0   0    -1  0  0   THINK RESPONSE            Yes.
+0   0    -1  1  0   Sunny.                    Yes.
+0   0    -1  1  0   Sunny.                    THINK RESPONSE
+0   0    -1  0  0   THINK RESPONSE            THINK
+1   0    -1  0  0   Sunny.                    THINK
+0   0    -1  0  0   THINK RESPONSE            OPEN
+0   0    -1  0  0   Sunny.                    OPEN
+1   0    -1  0  0   THINK RESPONSE            THINK <response> </response>
+0   0    -1  0  0   Sunny.                    THINK <response> </response>
+0   0     2  1  1   THINK [ SHORT TIME ]      THINK [ SHORT ] [ TIME ]
+0  -3     2  1  1   THINK [ WEATHER TIME ]    THINK [ HERMES ] [ TIME ]
+1  -3     2  1  1   THINK [ TIME ]            THINK [ STRING ]
+1  -3     2  1  1   THINK [ EMPTY ]           THINK [ BARE ]
+1  -3     0  1  1   THINK [ NOTHING ]         THINK [ {"name":"f","arguments":""} ]
+1  -3     0  1  1   THINK [ NOTHING ]         THINK [ {"name":"f","arguments":null} ]
+1  -3     0  1  1   THINK [ NOTHING ]         THINK [ {"name":"f","arguments":"{}"} ]
+0   0     2  1  0   Sunny.                    <think> [ WEATHER ] </think> no
+0   0     2  0  1   THINK [ SHORT TIME ]      THINK [ SHORT ] [ TIME
+1  -3     2  0  1   THINK [ SHORT TIME ]      THINK [ SHORT TIME { ]
+0  -3     2  0  1   THINK [ SHORT TIME ]      THINK [ ] [ SHORT TIME ]
+1   3     0  1  1   THINK [ TAG ]             THINK [ TAG ]
+0  -3     0  0  0   THINK [ CLOSES ]          THINK [ CLOSES ]
+0  -3     0  0  0   THINK [ ENDS ]            THINK [ ENDS ]
+"""  # exact: equal as JSON, in one block or many, all that is in them; or a response and no call
 
 
 @each("line", cells_of(GOLDEN + CHOICES + EXACT), ids=" ".join)
 def test_the_scorers_golden_table(line):
-    form, correctness, paper, exact, *words = line
+    form, correctness, paper, exact, called, *words = line
     gold, said = map(spell, words)
-    row = row_of(words[0])
 
-    s = ev.score(said, row)
+    s = ev.score(said, row_of(words[0]))
 
     assert s["exact"] == int(exact)
+    assert s["called"] == int(called)
     assert -1 + s["paper_format"] + 2 * s["paper_tool"] == int(paper)
     assert make.toolrl_reward(said, gold) == approx(float(form) + float(correctness))
 
@@ -979,53 +955,22 @@ def test_the_parser_raises_nothing_whatever_goes_in():
             make.toolrl_reward(text, row["output"])
 
 
-def test_hermes_blocks_are_the_same_calls_and_what_is_broken_is_called_but_never_exact():
-    hermes = spell("[ SHORT ] [ TIME ]").replace("parameters", "arguments")
-    as_text = spell(r'[ { "name": "get_time", "arguments": "{\"tz\":\"CET\"}" } ]')
-
-    assert ev.parse_calls(hermes) == ev.parse_calls(spell("[ SHORT TIME ]"))
-    assert ev.parse_calls(as_text) == ([("get_time", '{"tz": "CET"}')], True)
-    for nothing in ('""', "null", "{}"):
-        no_parameters = spell(f'[ {{"name":"f","arguments":{nothing}}} ]')
-        assert ev.parse_calls(no_parameters) == ([("f", "{}")], True)
-    assert ev.parse_calls(spell("<think> [ WEATHER ] </think> no")) == ([], True)
-
-    not_closed = hermes.removesuffix("</tool_call>")
-    for broken in (not_closed, spell("[ SHORT TIME { ]"), spell("[ ]") + hermes):
-        s = ev.score(broken, TWO)
-        assert s["called"] == 1
-        assert s["exact"] == 0
-
-
-def test_a_tag_in_a_value_is_read_or_makes_the_row_unreadable():
-    readable = []
-    for tag in ("</think>", "<think>", "</tool_call>", "<|im_end|>"):
-        row = row_of("THINK [ SHORT ]")
-        row["output"] = row["output"].replace("Paris", tag)
-        if ev.is_readable(row):
-            readable.append(tag)
-
-    assert readable == ["</think>", "<think>"]
-
-
 def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
     assert list(ev.wilson(8, 10).values()) == approx([80, 49.02, 94.33], abs=.01)
     assert list(ev.wilson(0, 10).values()) == approx([0, 0, 27.75], abs=.01)
 
-    after, before = np.random.default_rng(1).integers(0, 2, (2, 400))
-    mean = 100 * (after - before).mean()
-    half = 1.96 * 100 * (after - before).std() / 400 ** .5
-    change = ev.paired(after, before)
-    assert list(change.values()) == approx([mean, mean - half, mean + half], abs=.5)
+    # 25 +- 1.96 sqrt(25 (100 - 25) / 400)
+    change = ev.paired([1, 1, 0, 1] * 100, [1, 0, 0, 1] * 100)
+    assert list(change.values()) == approx([25, 20.76, 29.24], abs=.5)
 
 
 def test_chance_never_reads_the_question_and_needs_rows_that_list_their_tools():
     empty = row_of("THINK [ EMPTY ]")
     rows = [empty, ONE, NONE]
 
-    first, drawn, response = (
-        ev.totals(answers, rows)["all"] for answers in ev.chance_answers(rows).values())
+    _, found = ev.tabulate(ev.chance_answers(rows), rows)
 
+    first, drawn, response = (totals["all"] for totals in found.values())
     assert first["paper_tool"]["pct"] == drawn["paper_tool"]["pct"] == 100
     assert first["exact"]["pct"] == approx(100 / 3)
     assert response["exact"]["pct"] == approx(100 / 3)
@@ -1058,27 +1003,28 @@ def test_the_table_shows_each_score_in_its_column_and_the_change_from_clean():
 def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
     right = {**ONE, "prediction": ONE["output"]}
     wrong = {**ONE, "prediction": "\u2028 no"}
+    unreadable = {**row_of("THINK [ CLOSES ]"), "prediction": "no"}
     bare = {"output": "Hi.", "prediction": "Hello."}  # lists no tools: not in the chance lines
-    (tmp_path / "a.jsonl").write_text(as_lines(right, wrong, bare) + "\r\n")
+    file = write_rows(tmp_path / "a.jsonl", right, wrong, unreadable, bare)
 
-    assert call(ev, "--score", tmp_path / "a.jsonl") == 0
+    assert call(ev, "--score", file) == 0
 
     out = capsys.readouterr().out  # exact, called, paper_tool; exact, false calls
     assert re.search(r"a.jsonl +50.0 +50.0 +50.0 +100.0 +0.0\n", out)
+    assert "1 of 4 rows left out" in out
     assert "no chance lines" in out
 
 
 # ---- 8. Generate, reconstruct --------------------------------------------------------------------
-def slowly(model, tokenizer, prompt, max_new, keep, v_D, everywhere=False):
+def slowly(model, tokenizer, prompt, max_new, keep, v_D):
     """A greedy answer, one token at a time, nothing kept from one pass to the next. Block 1's
-    output h becomes keep h + v at the prompt's last token, or everywhere."""
+    output h becomes keep h + v at the prompt's last token."""
     ids = tokenizer(prompt)["input_ids"]
     ends = ev.end_tokens(model, tokenizer).tolist()
-    places = slice(None) if everywhere else len(ids) - 1
+    last = len(ids) - 1
 
     def edit(h_1TD):
-        h_1TD = h_1TD.clone()
-        h_1TD[:, places] = keep * h_1TD[:, places] + v_D
+        h_1TD[:, last] = keep * h_1TD[:, last] + v_D
         return h_1TD
 
     said = []
@@ -1094,33 +1040,50 @@ def slowly(model, tokenizer, prompt, max_new, keep, v_D, everywhere=False):
 
 
 @each("family", ["the pair", "Llama", "Qwen3Next", "Mistral", "Gemma2", "GPT2"])
-def test_batched_answers_patched_once_or_at_every_token_equal_one_prompt_one_token_at_a_time(
-        family, models, tokenizer):
-    model = models["toolrl"]
+def test_batched_patched_answers_equal_one_prompt_one_token_at_a_time(family, run, tokenizer):
+    model = run.models["A"]
     if family != "the pair":  # one token in eight ends an answer
         model = random_model(family, eos_token_id=list(range(0, 1024, 8)))
     prompts = [dfc.prompt_of(row, tokenizer) for row in rows_in(TINY / "tools.jsonl", "test")[:5]]
     prompts.sort(key=len, reverse=True)
 
-    # nothing or a random vector added, or random vectors put in its place
-    own_ND = dfc.collect([model], tokenizer, prompts, 1)[:, 0].float()
-    random_2ND = 2 * own_ND.std() * torch.randn(2, *own_ND.shape)
+    # nothing or random vectors added, or put in its place
+    x_NMD = dfc.collect([model], tokenizer, prompts, 1).float()
+    random_ND, other_ND = 2 * x_NMD.std() * torch.randn(2, *x_NMD[:, 0].shape)
+    v_2ND = torch.stack([random_ND, other_ND])
     clean, = ev.generate(model, tokenizer, prompts, 16)
-    added, = ev.generate(model, tokenizer, prompts, 16, 1, random_2ND[:1], most_tokens=400)
-    placed = ev.generate(model, tokenizer, prompts, 16, 1, random_2ND, True)
+    added, _ = ev.generate(model, tokenizer, prompts, 16, 1, v_2ND, most_tokens=400)
+    placed, other = ev.generate(model, tokenizer, prompts, 16, 1, v_2ND, replace=True)
 
     assert added != clean
-    for keep, v_ND, texts in ((1, 0 * own_ND, clean), (1, random_2ND[0], added),
-                              (0, random_2ND[0], placed[0]), (0, random_2ND[1], placed[1])):
+    for keep, v_ND, texts in ((1, 0 * random_ND, clean), (1, random_ND, added),
+                              (0, random_ND, placed), (0, other_ND, other)):
         for v_D, prompt, text in zip(v_ND, prompts, texts):
             assert text == slowly(model, tokenizer, prompt, 16, keep, v_D)
 
-    # at every token: in a hook around it
-    v_D = random_2ND[0, 0]
-    with dfc.hooked(model, 1, lambda h_RTD: h_RTD + v_D):
-        everywhere, = ev.generate(model, tokenizer, prompts, 16)
-    for prompt, text in zip(prompts, everywhere):
-        assert text == slowly(model, tokenizer, prompt, 16, 1, v_D, everywhere=True)
+
+def test_sampled_answers_are_drawn_from_the_softmax_and_versions_share_their_noise(
+        tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "decode", str)
+    model = random_model("Llama")
+    model.lm_head.weight *= 50  # some tokens are likely
+    prompts = ["Hi"] * 2000
+    ids_1T = torch.tensor(dfc.token_ids(tokenizer, prompts[:1]))
+    answers = functools.partial(ev.generate, model, tokenizer, prompts, 4,
+                                most_tokens=1000 * ids_1T.numel())
+
+    clean, = answers(seed=0)
+
+    p_C = model(ids_1T).logits[0, -1].softmax(0)
+    for token in p_C.topk(5).indices.tolist():
+        share = sum(text.startswith(f"[{token},") for text in clean) / 2000
+        assert share == approx(p_C[token].item(), abs=.03)
+
+    # each batch and seed has its noise; in all versions it is the same; greedy has none
+    assert clean[:1000] != clean[1000:]
+    assert answers(seed=1) != [clean]
+    assert answers(1, torch.zeros(2, 2000, 16), seed=0) == [clean, clean]
+    assert len(set(answers()[0])) == 1
 
 
 def test_an_answer_ends_where_the_tokenizer_the_model_its_generation_or_the_chat_say(tokenizer):
@@ -1144,23 +1107,19 @@ def test_reconstructions_are_what_the_decoder_says():
 
     # slowly
     nothing_MD = cc.b_dec * cc.scale + cc.mean
-    slow = {
-        "own vector": x_NMD,
-        "reconstruction": xhat_NMD,
-        "no latent": nothing_MD.expand(6, 2, 16),
-    }
+    other_NMD = x_NMD.clone()
+    other_NMD[:, 0] = x_NMD[:, 0].mean(0)
+    slow = {"own vector": x_NMD, "reconstruction": xhat_NMD, "no latent": nothing_MD[None],
+            "reconstruction, mean A": cc(other_NMD)[0]}
     for part in cc.partitions():
         wrote_NMD = torch.einsum("nl,lmd->nmd", f_NL[:, part.latents], cc.W_dec[part.latents])
         slow[f"{part.name} alone"] = nothing_MD + wrote_NMD * cc.scale
-    other_NMD = x_NMD.clone()
-    other_NMD[:, 0] = x_NMD[:, 0].mean(0)
-    slow["reconstruction, mean A"], _ = cc(other_NMD)
 
     # a partition is left out where it writes nothing; A's vector is exchanged for B alone
-    both = {"own vector", "reconstruction", "shared alone", "no latent", "noise"}
     only_b = {"B-exclusive alone", "reconstruction, mean A", "reconstruction, another A"}
-    assert into_a.keys() == both | {"A-exclusive alone"}
-    assert into_b.keys() == both | only_b
+    assert into_a.keys() - into_b.keys() == {"A-exclusive alone"}
+    assert into_b.keys() - into_a.keys() == only_b
+    assert len(into_a) == 6
     for m, found in enumerate((into_a, into_b)):
         for name in found.keys() & slow.keys():
             assert close(found[name], slow[name][:, m])
@@ -1179,22 +1138,39 @@ def run(world):
     return run
 
 
-def test_prompts_that_do_not_fit_are_left_out_and_counted(world, run, tokenizer, capsys):
-    rows = rows_in(world.rows, "test")
+def test_prompts_are_encoded_whole_and_those_that_do_not_fit_are_left_out_and_counted(
+        world, run, dev, tokenizer, capsys):
+    rows = rows_in(world.rows, "dev")
     prompts = [dfc.prompt_of(row, tokenizer) for row in rows]
-    lengths = list(map(len, dfc.token_ids(tokenizer, prompts)))
-    where = str(world.rows), tokenizer, "test"
+    longest = max(map(len, dfc.token_ids(tokenizer, prompts)))
+    where = str(world.rows), tokenizer, "dev"
 
+    assert (dev.rows, dev.texts) == (rows, prompts)
+    assert dev.needs_N.tolist() == [row["kind"] in ("ask", "hint") for row in rows]
+    assert close(dev.f_NL, run.cc.encode(run.vectors(prompts)))
+
+    # as long as fits
     assert run.longest_prompt == 512 - 12
-    assert ev.load_prompts(*where, max(lengths)) == (rows, prompts)
-    fit, _ = ev.load_prompts(*where, max(lengths) - 1)
-    assert fit == [row for row, length in zip(rows, lengths) if length < max(lengths)]
-    assert capsys.readouterr().out.startswith(f"{len(rows) - len(fit)} test rows left out")
+    assert ev.load_prompts(*where, longest) == (rows, prompts)
+    fit, _ = ev.load_prompts(*where, longest - 1)
+    assert 0 < len(fit) < len(rows)
+    assert capsys.readouterr().out.startswith(f"{len(rows) - len(fit)} dev rows left out")
 
     # one row of a kind, the system text alone
     few, bare = ev.load_prompts(*where, 500, 1, "paper")
     assert len({row["kind"] for row in few}) == len(few)
     assert bare[0] == few[0]["instruction"]
+
+
+def test_the_newest_finished_run_is_the_default(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/unfinished").mkdir(parents=True)
+    Path("runs/old").symlink_to(world.run)
+    shutil.copytree(world.run, "runs/new")
+
+    opened = ev.open_run(get=lambda *model: model)
+
+    assert opened.folder == Path("runs/new")
 
 
 # ---- 9. Steering ---------------------------------------------------------------------------------
@@ -1206,7 +1182,7 @@ def dev(run):
 
 @once
 def ranking(run, dev):
-    return steer.rank(run, dev, "prompts")
+    return steer.rank_latents(run.cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
 
 
 @once
@@ -1215,29 +1191,24 @@ def latents(run, ranking):
     return steer.choose_latents(run.cc, ranking)
 
 
-def prompts_of_kind(run, split, needs):
-    """The prompts of a split that need a tool, or need none."""
-    rows = [row for row in rows_in(run.settings.tool_texts, split) if ev.needs_tool(row) is needs]
-    return [dfc.prompt_of(row, run.tokenizer) for row in rows]
+def random_run():
+    """A run without models. Each of its ten A-exclusive latents writes a coordinate of its own."""
+    cc = scaled(32, 10, 0)
+    cc.W_dec[:10, 0] = torch.eye(16)[:10]
+    return ev.Run(dfc.Settings(), cc, {}, None, None, samples=2)
 
 
-def test_cohens_d_is_the_textbook_value():
-    p_PL = torch.tensor([[2.], [4.], [6.]])
-    q_QL = torch.tensor([[1.], [2.], [3.]])
+def random_prompts():
+    """For two splits 9 prompts that are vectors alone; the first 4 need a tool."""
+    needs_N = torch.arange(9) < 4
+    return {
+        split: steer.Prompts([None] * 9, [], torch.randn(9, 2, 16), torch.rand(9, 32), needs_N)
+        for split in ("dev", "test")}
 
-    d_L = steer.cohens_d(p_PL, q_QL)
 
-    assert d_L.item() == approx(2 / ((4 + 1) / 2) ** .5)
-
-
-def test_auroc_counts_pairs_ties_half():
-    p_PL = torch.randint(0, 4, (30, 3)).float()
-    q_QL = torch.randint(0, 3, (20, 3)).float()
-
-    auroc_L = steer.auroc(p_PL, q_QL)
-
-    larger_PQL = (p_PL[:, None] > q_QL) + .5 * (p_PL[:, None] == q_QL)
-    assert close(auroc_L, larger_PQL.mean((0, 1)))
+def of_hits(hits, n=20, false_calls=0.):
+    """An Outcome with some exact calls of n."""
+    return steer.Outcome([1] * hits + [0] * (n - hits), false_calls, [])
 
 
 def test_latent_scaling_tells_a_feature_of_a_alone_from_one_b_has_too_in_any_units():
@@ -1257,176 +1228,151 @@ def test_latent_scaling_tells_a_feature_of_a_alone_from_one_b_has_too_in_any_uni
     assert nu_recon_L[:4].tolist() == approx([0, 0, 1, 0], abs=1e-4)
 
 
-@each("contrast", ["prompts", "texts"])
-def test_latents_are_ranked_by_dev_prompts_or_dev_texts_in_the_authors_columns(
-        contrast, run, dev):
-    s = run.settings
-    groups = prompts_of_kind(run, "dev", True), prompts_of_kind(run, "dev", False)
-    if contrast == "texts":
-        groups = (dfc.tool_texts(s.tool_texts, run.tokenizer, "dev", 300, 0, False),
-                  dfc.plain_texts(s.plain_texts, run.tokenizer, "dev", 300))
-    p_PL, q_QL = (run.cc.encode(run.vectors(texts)) for texts in groups)
+def test_latents_are_ranked_by_the_textbooks_formulas_in_the_authors_columns():
+    cc = small()
+    p_PL, q_QL = (torch.randint(0, 4, (n, 32)).float() for n in (30, 20))
+
+    ranking = steer.rank_latents(cc, p_PL, q_QL)
+
+    larger_PQL = (p_PL[:, None] > q_QL) + .5 * (p_PL[:, None] == q_QL)  # ties count half
+    spread_L = ((p_PL.var(0) + q_QL.var(0)) / 2).sqrt()
     slow = {
-        "cohens_d": steer.cohens_d(p_PL, q_QL),
-        "auroc": steer.auroc(p_PL, q_QL),
+        "cohens_d": (p_PL.mean(0) - q_QL.mean(0)) / spread_L,
+        "auroc": larger_PQL.mean((0, 1)),
         "fire_rate_nontool": (q_QL > 0).float().mean(0),
         "mean_tool": p_PL.mean(0),
     }
-
-    rows = steer.rank(run, dev, contrast)
-
-    assert [row["cohens_d"] for row in rows] == sorted(slow["cohens_d"].tolist(), reverse=True)
-    for row in rows:
-        for name, slow_L in slow.items():
-            assert row[name] == approx(slow_L[row["feature_idx"]].item(), abs=1e-3)
-        assert (row["partition"] == "A-exclusive") is (row["feature_idx"] < run.cc.n_a)
+    order = slow["cohens_d"].argsort(descending=True).tolist()
+    for l, row in zip(order, ranking, strict=True):
+        assert row["feature_idx"] == l
+        assert (row["partition"] == "A-exclusive") is (l < 4)
+    for name, slow_L in slow.items():
+        assert [row[name] for row in ranking] == approx(slow_L[order].tolist(), abs=1e-5)
 
     # by default the best A-exclusive one is steered
-    best = [row["feature_idx"] for row in rows if row["feature_idx"] < run.cc.n_a]
-    assert steer.choose_latents(run.cc, rows) == best[:1]
+    best = next(l for l in order if l < 4)
+    assert steer.choose_latents(cc, ranking) == [best]
+    assert steer.choose_latents(cc, ranking, [3, 0, 3]) == [0, 3]
 
 
-def test_what_latents_write_is_the_formula():
-    cc = scaled(32, 4, 3)  # k = L: all survive
-    f_NL = cc.encode(torch.randn(6, 2, 16) * 3)
-
-    slow_ND = torch.zeros(6, 16)
-    for latent in (3, 6, 20):  # 6 is B-exclusive and writes nothing
-        slow_ND += f_NL[:, [latent]] * cc.W_dec[latent, 0] * cc.scale[0]
-
-    written_ND = steer.written(cc, f_NL, [3, 6, 20])
-    assert written_ND.any()
-    assert close(written_ND, slow_ND)
-    assert not steer.written(cc, f_NL, [6]).any()
-
-
-def test_control_directions_are_random_other_latents_and_both_differences_of_means(run, dev):
-    cc = copy.deepcopy(run.cc)
-    cc.scale.uniform_(1, 2)  # directions are those of raw units
-    x = {needs: run.vectors(prompts_of_kind(run, "dev", needs)) for needs in (True, False)}
-    a_D, b_D = x[True].mean(0)
-    none_D = x[False][:, 0].mean(0)
+def test_control_directions_are_random_other_latents_and_both_differences_of_means():
+    cc = scaled(5, 4, 3)
+    dev = random_prompts()["dev"]
 
     directions = steer.control_directions(cc, dev, [3, 1])
 
-    assert close(directions["A - B"], F.normalize(a_D - b_D, dim=0), 1e-3)
-    assert close(directions["needs - none"], F.normalize(a_D - none_D, dim=0), 1e-3)
+    a_D, b_D = dev.x_NMD[:4].mean(0)
+    none_D = dev.x_NMD[4:, 0].mean(0)
+    assert close(directions["A - B"], F.normalize(a_D - b_D, dim=0))
+    assert close(directions["needs - none"], F.normalize(a_D - none_D, dim=0))
     assert close(directions["latents"], F.normalize(cc.W_dec[[3, 1], 0] * cc.scale[0]))
     random_UD = directions["random"]
-    assert close(random_UD.norm(dim=1), torch.ones(10))
-    assert (random_UD @ random_UD.T - torch.eye(10)).abs().max() < .5
+    assert random_UD.norm(dim=1).tolist() == approx([1] * 10)
+    assert torch.linalg.matrix_rank(random_UD) == 10
     assert -.1 < random_UD.mean() < .1  # of all orthants
 
 
-def of_hits(hits, n=20, false_calls=0.):
-    """An Outcome with some exact calls of n."""
-    return steer.Outcome([1] * hits + [0] * (n - hits), false_calls, [])
-
-
+@each("sign, hits, margin", [(1, [18, 16, 17, 2], 5), (-1, [3, 14, 13, 19], 50)])
 def test_a_change_stands_beside_controls_of_its_length_and_its_margin_is_over_the_strongest(
-        monkeypatch):
-    asked = []
+        sign, hits, margin, monkeypatch):
+    """hits: of the change, two random directions and A - B; without a change there are 15."""
     v_ND = torch.randn(5, 4)
-    directions = {"random": F.normalize(torch.randn(2, 4)), "A - B": F.normalize(torch.randn(1, 4))}
-    clean = of_hits(15, false_calls=7.)
-    hits = {  # sign: of the change, two random controls, A - B; margin
-        1: ([18, 16, 17, 2], 5.),
-        -1: ([3, 14, 13, 19], 50.),
-    }
+    u_UD = F.normalize(torch.randn(3, 4))
 
-    def look_up(run, m, prompts, v_VND):
-        asked.append((m, v_VND))
-        return [of_hits(n, false_calls=float(n)) for n in hits[sign][0]]
-
-    monkeypatch.setattr(steer, "outcomes", look_up)
-    for sign, (counts, margin) in hits.items():
-        result, _ = steer.measure_change(None, "B", None, v_ND, directions, clean, sign)
-
-        # added: the change itself, then controls as long on each prompt, with its sign
-        m, v_VND = asked.pop()
+    def outcomes(run, m, prompts, v_VND):
+        # the change itself, then controls as long on each prompt, with its sign
         assert m == "B"
         assert torch.equal(v_VND[0], v_ND)
-        for control_ND, u_D in zip(v_VND[1:], torch.cat([*directions.values()]), strict=True):
-            assert close(control_ND, sign * v_ND.norm(dim=1, keepdim=True) * u_D)
+        assert close(v_VND[1:], sign * v_ND.norm(dim=1, keepdim=True) * u_UD[:, None])
+        return [of_hits(n, false_calls=n) for n in hits]
 
-        # percentage points of 20 prompts
-        own, *random, a_minus_b = [5 * (n - 15) for n in counts]
-        shown = [c["pp"] for found in result["controls"].values() for c in found]
-        assert result["effect"]["pp"] == approx(own)
-        assert shown == approx([*random, a_minus_b])
-        assert result["margin"]["pp"] == approx(margin)
-        assert result["clean"] == {"exact": 75, "false_calls": 7}
-        assert result["false_calls"] == counts[0]
+    replace_in(steer, monkeypatch, outcomes)
+    directions = {"random": u_UD[:2], "A - B": u_UD[2:]}
+    clean = of_hits(15, false_calls=7)
+    result, _ = steer.measure_change(None, "B", None, v_ND, directions, clean, sign)
+
+    # percentage points of 20 prompts
+    own, *controls = [5 * (n - 15) for n in hits]
+    found = sum(result["controls"].values(), [])
+    assert result["effect"]["pp"] == approx(own)
+    assert [change["pp"] for change in found] == approx(controls)
+    assert result["margin"]["pp"] == approx(margin)
+    assert result["clean"] == {"exact": 75, "false_calls": 7}
+    assert result["false_calls"] == hits[0]
 
 
-def test_strengths_come_from_dev_prompts_and_the_table_from_test_prompts(
-        run, dev, ranking, monkeypatch):
-    tried = []
-    changes = []
-    latents = [2, 5]
-    written_ND = functools.partial(steer.written, run.cc, latents=latents)
+def test_strengths_come_from_dev_prompts_and_the_table_from_test_prompts(monkeypatch):
+    run = random_run()
+    prompts = random_prompts()
+    dev_NL, test_NL = (there.f_NL for there in prompts.values())
+    ranking = steer.rank_latents(run.cc, dev_NL[:4], dev_NL[4:])
+    written_LD = run.cc.W_dec[:, 0] * run.cc.scale[0]
+    added = []
+
+    def read_prompts(run, split, most):
+        return prompts[split]
 
     def best_strength(run, m, prompts, v_ND, strengths):
-        assert close(v_ND, written_ND(prompts.f_NL))
-        tried.append((m, prompts.rows[0]["split"], strengths))
+        assert close(v_ND, dev_NL[:, [2, 5]] @ written_LD[[2, 5]])
+        assert m == "B" or [1 + c for c in strengths] == list(steer.ALPHAS)
         return {"A": 3., "B": 2.}[m]
 
     def outcomes(run, m, prompts, v_VND):
-        assert prompts.rows[0]["split"] == "test"
-        return [of_hits({"A": 9, "B": 1}[m])._replace(answers=[m] * len(prompts.texts))]
+        return [of_hits({"A": 9, "B": 1}[m])]
 
-    def measure_change(run, m, prompts, v_ND, directions, clean, sign):
-        changes.append((m, sign, sum(clean.exact), v_ND, directions))
-        return {}, [m] * len(prompts.texts)
+    def measure_change(run, m, there, v_ND, directions, clean, sign):
+        assert there is prompts["test"]
+        added.append((f"{m} {sign} {sum(clean.exact)}", v_ND))
+        return directions, []
 
-    for stub in (best_strength, outcomes, measure_change):
-        monkeypatch.setattr(steer, stub.__name__, stub)
-    steering, answers, test = steer.steer(run, latents, ranking, dev, 1)
-
-    # strengths: alpha is 1 + the chosen factor
-    assert [split for _, split, _ in tried] == ["dev", "dev"]
-    assert [1 + c for c in tried[0][2]] == list(steer.ALPHAS)
+    replace_in(steer, monkeypatch, read_prompts, best_strength, outcomes, measure_change)
+    steering, *_ = steer.steer(run, [2, 5], ranking, prompts["dev"], 9)
 
     # what is added, to which model, beside which clean answers
-    assert {row["split"] for row in test.rows} == {"test"}
-    test_ND = written_ND(test.f_NL)
-    most_1L = dev.f_NL[dev.needs_N].max(0, keepdim=True).values
-    expected = {
-        "ablated in A": ("A", -1, 9, -test_ND),
-        "scaled by 4 in A": ("A", 1, 9, 3 * test_ND),
-        "its maximum added to B": ("B", 1, 1, written_ND(most_1L).expand_as(test_ND)),
-        "copied from A into B, x 2": ("B", 1, 1, 2 * test_ND),
-    }
-    assert list(steering["changes"]) == list(expected)
-    for found, wanted in zip(changes, expected.values(), strict=True):
-        assert found[:3] == wanted[:3]
-        assert close(found[3], wanted[3])
-    assert answers["clean A"][0] + answers["clean B"][0] == "AB"
+    test_ND = test_NL[:, [2, 5]] @ written_LD[[2, 5]]
+    maximum_D = dev_NL[:4, [2, 5]].max(0).values @ written_LD[[2, 5]]
+    expected = [("A -1 9", -test_ND), ("A 1 9", 3 * test_ND),
+                ("B 1 1", maximum_D), ("B 1 1", 2 * test_ND)]
+    assert list(steering["changes"]) == [
+        "ablated in A", "scaled by 4 in A", "its maximum added to B", "copied from A into B, x 2"]
+    for (found, v_ND), (wanted, wanted_ND) in zip(added, expected, strict=True):
+        assert found == wanted
+        assert close(v_ND, wanted_ND)
 
     # control latents: the others of the partition, best separated first
-    own = [row["feature_idx"] for row in ranking if row["feature_idx"] < run.cc.n_a]
-    others = [latent for latent in own if latent not in latents]
-    rows_UD = F.normalize(run.cc.W_dec[others[:20], 0] * run.cc.scale[0])
-    assert close(changes[0][4]["latents"], rows_UD)
+    order = [row["feature_idx"] for row in ranking]
+    others = [l for l in order if l < 10 and l not in (2, 5)]
+    directions = steering["changes"]["ablated in A"]
+    assert close(directions["latents"], F.normalize(written_LD[others]))
 
 
-def test_outcomes_are_of_the_model_asked_for_and_keep_both_kinds_of_prompts_apart(
-        run, dev, monkeypatch):
-    def answers(model, tokenizer, texts, max_new, layer, v_VND):
-        right = [row["output"] for row in dev.rows]
-        call = spell("THINK [ SHORT ]")
-        return [right, [call] * len(texts)] if model is run.models["B"] else [[""] * len(texts)]
+@each("samples, right, exact, false_calls", [
+    (0, [1, 0, 0], [1, 0], 100),
+    (2, [1, 0, 0, 1, 1, 1], [1, .5], 50),
+])
+def test_outcomes_are_means_over_the_answers_to_each_prompt_of_the_model_asked_for(
+        samples, right, exact, false_calls, monkeypatch):
+    run = ev.Run(dfc.Settings(), None, {"A": "A", "B": "its base"}, None, None, samples)
+    rows = [ONE, NONE, TWO]
+    needs_N = torch.tensor([True, False, True])
+    wrong = spell("THINK [ FIVE ]")
+    v_1ND = torch.randn(1, 3, 4)
 
-    monkeypatch.setattr(steer, "generate", answers)
-    n_needs = int(dev.needs_N.sum())
+    def generate(model, tokenizer, texts, max_new, layer, v_VND, seed):
+        times = len(right) // 3
+        assert model == "its base"
+        assert texts == ["1", "2", "3"] * times
+        assert torch.equal(v_VND, v_1ND.repeat(1, times, 1))
+        assert (seed is None) is (samples == 0)
+        hits = zip(rows * times, right)
+        return [[row["output"] if hit else wrong for row, hit in hits]]
 
-    right, always = steer.outcomes(run, "B", dev, None)
-    silent, = steer.outcomes(run, "A", dev, None)
+    replace_in(steer, monkeypatch, generate)
+    prompts = steer.Prompts(rows, ["1", "2", "3"], None, None, needs_N)
+    outcome, = steer.outcomes(run, "B", prompts, v_1ND)
 
-    assert right.exact == [1] * n_needs
-    assert right.false_calls == silent.false_calls == 0
-    assert silent.exact == always.exact == [0] * n_needs
-    assert always.false_calls == 100
+    assert outcome.exact == exact
+    assert outcome.false_calls == false_calls
 
 
 def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_minus_false_calls(
@@ -1438,11 +1384,11 @@ def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_minus_false_c
         4: (9, 90.),
     }
 
-    def look_up(run, m, prompts, v_VND):
+    def outcomes(run, m, prompts, v_VND):
         counts = [found[v.item()] for v in v_VND]
         return [of_hits(hits, 9, false) for hits, false in counts]
 
-    monkeypatch.setattr(steer, "outcomes", look_up)
+    replace_in(steer, monkeypatch, outcomes)
     for strengths, best in (([.5, 1, 2, 4], 1), ([.5, 4], 4), ([.5, 2, 4], 2)):
         assert steer.best_strength(None, "A", None, torch.ones(1), strengths) == best
 
@@ -1460,22 +1406,19 @@ def test_a_run_is_evaluated_and_keeps_every_answer_and_total(world, metrics):
     rows = rows_in(world.rows, "test")
     answers = [line["answers"] for line in rows_in(world.run / "eval.jsonl")]
 
-    for m, versions in metrics["evaluation"]["models"].items():
-        for name, total in versions.items():
-            said = [answer[m][name] for answer in answers]
-            assert total.items() >= ev.totals(said, rows).items()
+    for m, totals in metrics["evaluation"]["models"].items():
+        said = {}
+        for name in totals:
+            said[name] = [answer[m][name] for answer in answers]
 
-            if name != "clean":
-                before = versions["clean"]["needs"]["exact"]["pct"]
-                change = total["needs"]["exact"]["pct"] - before
-                assert total["change"]["pp"] == approx(change)
-        for answer in answers:
-            assert answer[m]["own vector"] == answer[m]["clean"]
+        assert ev.tabulate(said, rows)[1] == totals
+        assert said["own vector"] == said["clean"]
 
 
-def test_a_run_is_steered_and_keeps_every_answer_and_change(world, metrics):
+def test_a_run_is_steered_and_keeps_every_answer_and_change(world, metrics, ranking):
     lines = rows_in(world.run / "steer.jsonl")
     rows = [{"output": line["gold"]} for line in lines]
+    assert rows_in(world.run / "ranking.jsonl") == ranking
 
     for name, result in metrics["steering"]["changes"].items():
         clean = [line[f"clean {result['model']}"] for line in lines]
@@ -1487,7 +1430,20 @@ def test_a_run_is_steered_and_keeps_every_answer_and_change(world, metrics):
 
     assert metrics["steering"]["rows"] == {"needs": 2, "none": 3}
     assert 0 < sum(metrics["l0"].values()) < 8.01
-    assert "cohens_d,auroc,fire_rate_tool" in (world.run / "ranking.csv").read_text()
+
+
+def test_sampled_results_stand_beside_the_greedy_ones(world, dev, metrics, monkeypatch):
+    def sampled(run, latents, ranking, dev, most_rows):
+        return {**metrics["steering"], "samples": run.samples}, {"clean A": dev.texts * 3}, dev
+
+    monkeypatch.setattr(steer, "steer", sampled)
+    assert call(steer, world.run, "--samples=3") == 0
+
+    after = dfc.read_metrics(world.run)
+    lines = rows_in(world.run / "steer_sampled.jsonl")
+    assert after.pop("steering_sampled")["samples"] == 3
+    assert after == metrics
+    assert [line["clean A"] for line in lines] == dev.texts
 
 
 def test_the_table_of_a_sweep_has_the_published_figures_beside_ours(world, metrics, capsys):
@@ -1496,38 +1452,54 @@ def test_the_table_of_a_sweep_has_the_published_figures_beside_ours(world, metri
 
 
 def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_latent_fires(
-        run, latents, capsys):
+        run, latents, monkeypatch, capsys):
     text = rows_in(run.settings.tool_texts, "test")[2]["instruction"]
-    layer = run.settings.layer
+    prompt = steer.own_prompt(run, text)
+    clean = spell("THINK [ WEATHER ]")
+    x_1MD = run.vectors([prompt])
 
+    def generate(model, tokenizer, prompts, max_new, layer, v_VND):
+        assert prompts == [prompt]
+        written_1D = steer.written(run.cc, run.cc.encode(x_1MD), latents)
+        nothing_1D, steered_1D, error_1D = v_VND
+        assert not nothing_1D.any()
+        assert close(steered_1D, 3 * written_1D)
+        assert close(x_1MD[:, 0] + error_1D, run.cc(x_1MD)[0][:, 0])
+        return [[clean], ["steered"], ["rebuilt"]]
+
+    replace_in(steer, monkeypatch, generate)
     steer.steer_own_words(run, latents, text, [4.])
 
-    out = capsys.readouterr().out
-    prompt = steer.own_prompt(run, text)
     assert prompt.count(text) == 2  # said to the row whose tools have most words in common with it
-
-    # the answers
-    written_ND = steer.written(run.cc, run.cc.encode(run.vectors([prompt])), latents)
-    (clean,), (steered,) = ev.generate(run.models["A"], run.tokenizer, [prompt], 12, layer,
-                                       torch.stack([0 * written_ND, 3 * written_ND]))
-    assert f"alpha = 1\n{clean}" in out
-    assert f"alpha = 4\n{steered}" in out
+    out = capsys.readouterr().out
+    for answer in (f"alpha = 1\n{clean}", "alpha = 4\nsteered", "its reconstruction\nrebuilt"):
+        assert answer in out
 
     # where the latent is active in the clean one
-    read = prompt.removesuffix("<think>") + clean.removesuffix(" [cut]")
+    read = prompt.removesuffix("<think>") + clean
     ids_1T = torch.tensor(dfc.token_ids(run.tokenizer, [read]))
-    x = [dfc.residual_stream(model, ids_1T, layer)[0] for model in run.models.values()]
+    x = [dfc.residual_stream(model, ids_1T, 2)[0] for model in run.models.values()]
     f_T = run.cc.encode(torch.stack(x, 1))[:, latents[0]]
     shown = re.findall(r"^ *(\d+) +['\"]", out, re.MULTILINE)
     assert f_T.any()
     assert [int(i) - 1 for i in shown] == f_T.nonzero()[:, 0].tolist()
 
 
+def test_words_of_your_own_take_the_place_of_the_users_in_toolrls_frame(run, monkeypatch):
+    row = {**ONE, "input": "Dialogue: <user> weather? </user>"}
+    monkeypatch.setattr(steer, "load_prompts", lambda *where: ([row], []))
+
+    prompt = steer.own_prompt(run, "Wake me.")
+
+    said = {**ONE, "input": "Dialogue: <user> Wake me. </user>"}
+    assert prompt == dfc.prompt_of(said, run.tokenizer)
+
+
 @each("n", [20, 0])
 def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
         n, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(dfc.PRESETS, "tiny", f"--tool-texts {world.rows}")
+    monkeypatch.setitem(dfc.PRESETS, "tiny", f"--tool-texts {world.rows} --n-texts 60")
     theirs = publish("theirs/dfc-D8k", D=128, n=n, k=16)
 
     assert call(published, "theirs/dfc-D8k", "--preset=tiny") == 0
@@ -1558,7 +1530,7 @@ def test_no_question_is_asked_twice_and_every_gold_answer_is_exact():
         assert ev.needs_tool(row) is (row["kind"] in ("ask", "hint"))
 
 
-def test_the_pair_behaves_as_its_readme_says(models, tokenizer):
+def test_the_pair_behaves_as_its_readme_says(run, tokenizer):
     lines = re.findall(r"^\| (base|toolrl) \| (\w+) \| \d+ \| \d+ \((\d+)-(\d+)\)",
                        (TINY / "README.md").read_text(), re.MULTILINE)
     test = rows_in(TINY / "tools.jsonl", "test")
@@ -1567,10 +1539,11 @@ def test_the_pair_behaves_as_its_readme_says(models, tokenizer):
     for name, kind, low, high in lines:
         rows = [row for row in test if row["kind"] == kind][:20]
         prompts = [dfc.prompt_of(row, tokenizer) for row in rows]
-        said, = ev.generate(models[name], tokenizer, prompts, 64)
+        model = run.models[{"toolrl": "A", "base": "B"}[name]]
+        said, = ev.generate(model, tokenizer, prompts, 64)
 
         # the intervals overlap
-        exact = ev.totals(said, rows)["all"]["exact"]
+        exact = ev.tabulate({name: said}, rows)[1][name]["all"]["exact"]
         assert exact["lo"] <= int(high)
         assert int(low) <= exact["hi"]
 
@@ -1601,19 +1574,71 @@ def test_the_piece_in_the_readme_prints_its_figures(capsys):
     assert shares[2:] == approx([.68, 0], abs=.25)
 
 
-def test_each_exercise_fails_as_it_stands_and_passes_with_its_solution():
-    exercises = re.findall(3 * r"(?s:```python\n(.*?)```.*?)",
-                           (ROOT / "extras/EXERCISES.md").read_text())
-
-    assert exercises
-    for skeleton, test, solution in exercises:
-        test += re.search(r"test_\w+\(\)", test)[0]
-        exec(skeleton + solution + test, {})
-        with raises((AssertionError, NotImplementedError)):
-            exec(skeleton + test, {})
+EXERCISES = ROOT / "extras/exercises"
+SOLUTIONS = sorted(EXERCISES.glob("solutions/*.py"))
 
 
-GENERATE = """generate batches_by_length token_ids answer_prefix hooked end_tokens decode_greedily
+def exercise(name, solution=""):
+    """What the file of an exercise defines, as it stands or with a solution."""
+    here = {"__name__": name, "__file__": str(EXERCISES / name)}
+    exec((EXERCISES / name).read_text() + solution, here)
+    return here
+
+
+@each("solution", SOLUTIONS, ids=lambda file: file.stem)
+def test_each_exercise_fails_as_it_stands_and_passes_with_its_solution(solution):
+    stands = exercise(solution.name)
+    solved = exercise(solution.name, solution.read_text())
+    test = next(name for name in stands if name.startswith("test_"))
+
+    solved[test]()
+    with raises((AssertionError, NotImplementedError)):
+        stands[test]()
+
+
+def test_the_programs_of_the_exercises_run(world, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ev, "open_run", lambda folder: run)  # its answers are short
+    call = next(row for row in rows_in(world.rows, "test") if ev.needs_tool(row))
+    empty = '<tool_call>{"name": "get_weather", "parameters": {}}</tool_call>'
+    gold = {True: call["output"], False: "<response> No. </response>"}
+    lines = []
+    for needs in (True, False):
+        said = {"clean A": gold[needs], "ablated in A": "", "its maximum added to B": empty}
+        prompt = "1. Name: get_weather\n<user> Hi </user>"
+        lines.append({"prompt": prompt, "gold": gold[needs], **said,
+                      "answers": {"B": {"no latent": "what B said"}}})
+    for name in ("steer.jsonl", "eval.jsonl"):
+        write_rows(tmp_path / name, *lines)
+
+    exercise("06_read_answers.py")["main"](tmp_path)
+    solved = {file.stem[:2]: exercise(file.name, file.read_text())["main"] for file in SOLUTIONS}
+    solved["08"](world.run, rows=1)
+    solved["09"](tmp_path)
+    solved["10"](steps=5)
+    solved["11"](world.run, rows=1)
+
+    printed = capsys.readouterr().out
+    assert "1 - of the first tool in the list\n   1 - without any value" in printed
+    assert "what B said" in printed
+    assert "ablated in A minus clean A: -100.0 to -100.0" in printed
+
+
+def test_every_exercise_names_its_run_and_gives_a_hint_before_its_solution():
+    page = (ROOT / "extras/EXERCISES.md").read_text()
+    exercises = re.split(r"\n## \d+\. ", page)[1:]
+
+    assert len(exercises) == 11
+    for text in exercises:
+        order = ["Afterwards you can", "<summary>Hint", "<summary>Solution"]
+        assert sorted(order, key=" ".join(text.split()).index) == order
+        commands = re.findall(r"(?m)^(?:python|pytest) (\S+)(.*)", text)
+        assert commands
+        for program, argv in commands:
+            assert (ROOT / program).exists()
+            assert "runs/" in argv or "exercises/" in program
+
+
+GENERATE = """generate batches_by_length token_ids answer_prefix hooked end_tokens decode
     cache_argument"""
 SCORE = """score first_turn parse_calls parse_block parameters_of as_number after_thought Parsed
     responds tool_names"""
@@ -1645,24 +1670,18 @@ PIECES = {  # a piece and what to copy with it: an example
 }
 
 
-def copy_piece(names):
-    """A namespace that holds the libraries and these definitions of the three files alone."""
-    copied = {}
-    for module in (dfc, ev, steer):
-        for node in ast.parse(Path(module.__file__).read_text()).body:
-            library = isinstance(node, ast.Import) or (
-                isinstance(node, ast.ImportFrom) and node.module not in ("dfc", "eval_toolcall"))
-            if library or getattr(node, "name", None) in names:
-                exec(ast.unparse(node), copied)
-    return copied
+def is_library(value):
+    """Is it not one of ours? What is of no module is a constant, so ours."""
+    ours = ("dfc", "eval_toolcall", "steer")
+    return inspect.ismodule(value) or getattr(value, "__module__", "dfc") not in ours
 
 
 @each("names", PIECES, ids=lambda names: names.split()[0])
 def test_each_piece_can_be_copied_alone(names, tokenizer):
     here = {**vars(dfc), **vars(ev), **vars(steer)}
-    copied = copy_piece(names.split())
+    copied = {name: value for name, value in here.items() if is_library(value)}
     for name in names.split():
-        assert name in copied
+        exec(inspect.getsource(here[name]), copied)
 
     results = []
     for there in (here, copied):
@@ -1673,71 +1692,227 @@ def test_each_piece_can_be_copied_alone(names, tokenizer):
             "model": random_model("Qwen2"),
             "tokenizer": tokenizer,
             "row": ONE,
-            "prompts": steer.Prompts(None, None, torch.randn(9, 2, 16), None, torch.arange(9) < 4),
+            "prompts": random_prompts()["dev"],
         }
         results.append(str(eval(PIECES[names], {**there, **around})))
     assert results[0] == results[1]
 
 
 # ---- 12. Extras ----------------------------------------------------------------------------------
-def test_grid_cells_equal_steering_one_cell_at_a_time_and_are_not_done_again(
-        run, latents, tmp_path, monkeypatch):
-    settings = dataclasses.replace(run.settings, max_new=40)
-    run = dataclasses.replace(run, folder=tmp_path, settings=settings)
-    prompts = steer.read_prompts(run, "test", 1)
-    some = tuple(latents)
-    scalings = [grid.CLEAN, grid.Scaling(0., some), grid.Scaling(4., some)]
+def test_grid_cells_add_what_they_say_and_are_not_answered_again(tmp_path, monkeypatch):
+    run = dataclasses.replace(random_run(), folder=tmp_path)
+    dev = random_prompts()["dev"]
+    a_D, b_D = dev.x_NMD[:4].mean(0)
+    written_ND = steer.written(run.cc, dev.f_NL, [3, 1])
+    expected = {
+        grid.CLEAN: 0 * written_ND,
+        grid.Scaling(0., (3, 1)): -written_ND,
+        grid.Scaling(4., (3, 1)): 3 * written_ND,
+        grid.Scaling(.5, ("A - B",)): .5 * (a_D - b_D),
+        grid.Scaling(.2, ("needs - none",)): .2 * (a_D - dev.x_NMD[4:, 0].mean(0)),
+    }
+    asked = []
 
-    counts = grid.answer(run, prompts, scalings)
+    def outcomes(run, m, prompts, v_VND):
+        asked.extend(v_VND)
+        return [of_hits(len(asked)) for _ in v_VND]
 
-    for scaling in scalings:
-        written_ND = steer.written(run.cc, prompts.f_NL, list(scaling.latents))
-        outcome, = steer.outcomes(run, "A", prompts, (scaling.alpha - 1) * written_ND[None])
-        assert counts[scaling].exact == outcome.exact
+    replace_in(grid, monkeypatch, outcomes)
+    there = run, dev, grid.differences_of_means(dev), list(expected)
+    counts = grid.answer(*there, at_once=2)
+
+    for found_ND, expected_ND in zip(asked, expected.values(), strict=True):
+        assert close(found_ND, expected_ND)
+    assert [sum(counts[scaling].exact) for scaling in expected] == [2, 2, 4, 4, 5]
 
     # again, without answering
     monkeypatch.setattr(grid, "outcomes", None)
-    assert grid.answer(run, prompts, scalings) == counts
+    assert grid.answer(*there) == counts
 
 
-def test_saturation_takes_the_first_n_latents_away_and_copies_them(run, ranking):
-    test = steer.read_prompts(run, "test", 1)
-    scene = saturation.make_scene(run, "test", 1)
+def test_the_best_cells_and_factors_are_chosen_on_dev_and_reported_on_test(monkeypatch):
+    counts = {4: (1, 3), 8: (2, 90), .3: (3, 0), .5: (4, 99)}  # alpha: exact calls, false calls
 
-    sizes = saturation.saturate(run, scene)["sizes"]
+    def read_prompts(run, split, most):
+        return split
 
-    best = steer.best_latents(ranking, "A-exclusive")
-    for size in sizes:
-        assert size["latents"] == best[:size["n"]]
-    two = sizes[1]
-    written_ND = steer.written(run.cc, test.f_NL, best[:2])
-    for m, sign, done in (("A", -1, "ablated"), ("B", two["c"], "copied into B")):
-        outcome = steer.outcomes(run, m, test, sign * written_ND[None])[0]
-        assert two[done]["latents"]["exact"] == 100 * np.mean(outcome.exact)
+    def answer(run, split, means, scalings):
+        found = {}
+        for scaling in scalings:
+            hits, false_calls = counts.get(scaling.alpha, (0, 0))
+            if split == "test":
+                hits = 4 - hits
+            found[scaling] = of_hits(hits, 4, false_calls)
+        return found
+
+    replace_in(grid, monkeypatch, read_prompts, answer)
+    run = random_run()
+    ranking = steer.rank_latents(run.cc, torch.rand(4, 32), torch.rand(5, 32))
+    lines = grid.list_cells(run.cc, ranking, [1], [4, 8])
+    result = grid.measure_grid(run, lines, ["A - B", "needs - none"], 9)
+
+    means = result["groups"]["A - B"][0]
+    assert list(means["on_dev"]) == sorted(grid.FACTORS)
+    for best, alpha, pp in ((result["best"], 8, -50), (result["best_less_false"], 4, -25),
+                            (means["best"], .3, -75)):
+        assert best["alpha"] == alpha
+        assert best["test"]["pp"] == pp
 
 
-def test_the_best_cell_is_chosen_on_dev_and_reported_on_test():
-    cells = [grid.Cell("A", grid.Scaling(alpha, (5,))) for alpha in (2., 4.)]
-    scalings = [grid.CLEAN, *(cell.scaling for cell in cells)]
-    on_dev = of_hits(0, 2), of_hits(1, 2, 3), of_hits(2, 2, 90)
-    on_test = of_hits(0, 2), of_hits(2, 2, 3), of_hits(1, 2, 90)
-    dev, test = (dict(zip(scalings, found)) for found in (on_dev, on_test))
+def test_a_baseline_sets_the_coordinates_that_it_names_and_no_others():
+    dev, report = random_prompts().values()
+    u_D = F.normalize(torch.randn(16), dim=0)
 
-    best = grid.best_of(dev, test, cells)
-    less_false = grid.best_of(dev, test, cells, less_false=True)
+    removed = {name: v_ND for _, name, v_ND in saturation.baselines(dev, report, u_D)}
 
-    found = [(cell["alpha"], cell["test"]["pp"], cell["false_calls"])
-             for cell in (best, less_false)]
-    assert found == [(4, 50, 90), (2, 100, 3)]
+    # slowly: P projects onto the directions; the largest principal components are the last
+    a_ND, b_ND = report.x_NMD.unbind(1)
+    needs_D = dev.x_NMD[:4, 0].mean(0)
+    none_D = dev.x_NMD[4:, 0].mean(0)
+    gap_ND = dev.x_NMD[:4, 0] - dev.x_NMD[:4, 1]
+    for name, directions_DK, target_ND in (
+            ("A - B", gap_ND.mean(0)[:, None], b_ND),
+            ("2 components", torch.linalg.eigh(gap_ND.T @ gap_ND).eigenvectors[:, -2:], b_ND),
+            ("needs - none", (needs_D - none_D)[:, None], none_D),
+            ("u", u_D[:, None], b_ND),
+            ("B's vector", torch.eye(16), b_ND)):
+        P_DD = directions_DK @ torch.linalg.pinv(directions_DK)
+        assert close(removed[name], (a_ND - target_ND) @ P_DD)
+    assert close(removed["u x 0.5"], .5 * (gap_ND @ u_D).mean() * u_D)
+    assert not removed["clean"].any()
+    assert len(removed) == saturation.N_BASELINES
+
+
+def test_saturation_removes_what_latents_write_its_part_along_u_and_controls(monkeypatch):
+    run, reference = random_run(), random_run()
+    run.cc.b_enc[0] = -99  # one latent is silent
+    prompts = random_prompts()
+    asked = []
+
+    def read_prompts(run, split, most=None):
+        there = prompts[split]
+        return dataclasses.replace(there, f_NL=run.cc.encode(there.x_NMD))
+
+    def outcomes(run, m, prompts, v_VND):
+        asked.append((run.samples, -v_VND))
+        return [of_hits(1)] * len(v_VND)
+
+    replace_in(saturation, monkeypatch, read_prompts, outcomes)
+    scene = saturation.make_scene(run, reference, "test", 9)
+    lines = saturation.saturate(run, scene, [1, 3])
+
+    # u: what the reference's latents write that are larger where a tool is needed
+    f_NL = read_prompts(reference, "dev").f_NL
+    more_L = (f_NL[:4].mean(0) - f_NL[4:].mean(0)).relu()[:10]
+    u_D = F.normalize(more_L @ reference.cc.W_dec[:10, 0] * reference.cc.scale[0], dim=0)
+    assert close(scene.u_D, u_D)
+
+    # all is answered greedily, all but the controls also sampled
+    assert [samples for samples, _ in asked] == [0, 2, 0, 2]
+    sampled = {line["name"] for line in lines if "sampled" in line}
+    assert sampled == {"latents", "all", "d < 0"}
+
+    # what is removed
+    f_NL = read_prompts(run, "dev").f_NL
+    d_L = steer.cohens_d(f_NL[:4], f_NL[4:])[:10]
+    best = d_L.argsort(descending=True).tolist()
+    written = functools.partial(steer.written, run.cc, read_prompts(run, "test").f_NL)
+    every_ND, less_ND, *of_sizes = asked[2][1]
+    assert close(every_ND, written(best))
+    assert close(less_ND, written(d_L.lt(0).nonzero()[:, 0]))
+    for n, (own_ND, along_ND, rest_ND, *controls) in ((1, of_sizes[:5]), (3, of_sizes[5:])):
+        assert close(own_ND, written(best[:n]))
+        assert close(along_ND, (own_ND @ u_D)[:, None] * u_D)
+        assert close(rest_ND, own_ND - along_ND)
+
+        # as long, in a random direction and in that of n others, none of them silent
+        for control_ND in controls:
+            assert close(control_ND.norm(dim=1), own_ND.norm(dim=1))
+        drawn = controls[1].any(0).nonzero()[:, 0].tolist()
+        assert len(drawn) == n
+        assert not {0, *best[:n]} & {*drawn}
+
+
+def test_an_interval_over_dictionaries_and_prompts_is_as_wide_as_either_makes_it():
+    by_dictionary, by_prompt = np.zeros((2, 10, 40))
+    by_dictionary[::2] = 1
+    by_prompt[:, ::2] = 1
+
+    for exact_SN, half in ((by_dictionary, 31), (by_prompt, 15)):
+        found = re.findall(r"\d+", saturation.two_way(exact_SN))
+        assert list(map(int, found)) == approx([50, 50 - half, 50 + half], abs=4)
+
+
+def cells_of_the_lesson(world):
+    """[(source, tags, outputs)]; text has no outputs (None). Its runs are the world's."""
+    text = (ROOT / "extras/lesson.ipynb").read_text()
+    text = text.replace("runs/lesson-seed{seed}", f"{world.run}")
+    return [("".join(cell["source"]), cell["metadata"].get("tags", []), cell.get("outputs"))
+            for cell in json.loads(text)["cells"]]
 
 
 def test_the_lesson_runs_from_the_first_cell_to_the_last_also_without_pictures(world, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = (ROOT / "extras/lesson.ipynb").read_text().replace("runs/lesson", f"{world.run}")
+    monkeypatch.setattr(toy, "fit", functools.partial(toy.fit, steps=100))  # speed, as are samples
     here = {}
 
-    for cell in json.loads(text)["cells"]:
-        if "outputs" in cell:  # it holds code
-            exec("".join(cell["source"]), here)
+    for source, _, outputs in cells_of_the_lesson(world):
+        if outputs is not None:  # it holds code
+            exec(source.replace("samples=5", "samples=1"), here)
 
     assert here["changes_seen"]
+
+
+def test_the_lesson_shows_no_result_before_its_question(world):
+    guesses = 0
+    for source, tags, outputs in cells_of_the_lesson(world):
+        if source.startswith("# predict"):
+            guesses += 1
+            assert tags == ["prediction"]
+            assert outputs == []
+    assert guesses == 9
+
+
+def test_blanks_of_the_lesson_are_checked_and_their_solutions_pass(world, capsys):
+    cells = cells_of_the_lesson(world)
+    blanks = [i for i, (_, tags, _) in enumerate(cells) if tags == ["blank"]]
+    assert len(blanks) == 3
+
+    for i in blanks:
+        here = {"lesson_checks": lesson_checks, "torch": torch}
+        exec(cells[i][0], here)
+        assert "it is still empty" in capsys.readouterr().out
+        _, check = cells[i][0].rsplit("\n\n\n", 1)
+        solution = re.search(r"```python\n(.*?)```", cells[i + 1][0], re.DOTALL)[1]
+        exec(solution + check, here)
+        assert "is right" in capsys.readouterr().out
+
+
+def test_a_check_of_the_lesson_says_what_is_wrong_and_goes_on_with_the_library(capsys):
+    def written(cc, f_NL, latents):
+        return f_NL[:, latents] @ cc.W_dec[latents, 0]
+
+    def encode(cc, x_BMD):
+        return cc.preactivate(x_BMD).shape.missing
+
+    assert lesson_checks.written(written) is steer.written
+    assert "scale_A is missing" in capsys.readouterr().out
+    assert lesson_checks.encode(encode) is dfc.Crosscoder.encode
+    assert "it raises AttributeError" in capsys.readouterr().out
+
+
+def test_the_lesson_fetches_the_code_if_it_is_not_there(world, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("subprocess.run", lambda command, check: asked.append(command))
+    (tmp_path / "dfc").mkdir()
+    (tmp_path / "dfc/dfc.py").touch()
+    source = next(source for source, _, outputs in cells_of_the_lesson(world) if outputs == [])
+
+    for _ in range(2):  # once more does nothing
+        here = {}
+        exec(source, here)
+
+    assert [command[:2] for command in asked] == [["git", "clone"], [sys.executable, "-m"]]
+    assert here["ROOT"] == tmp_path / "dfc"

@@ -10,8 +10,8 @@ order, all layers kept. Answers: one prompt at a time, read again for every vers
 take turns, so that other load on the machine hits all alike. Printed are the median, the range, and
 the ratio to the first line. Only ratios within one run mean anything.
 
-The number to claim is that of whole runs, with dead latents and their revival: single steps on
-fresh weights are faster. A whole run is measured with and without bf16 for the encoder's product.
+The number to claim is that of a whole run, with dead latents and their revival: single steps on
+fresh weights are faster.
 Two other libraries train TopK autoencoders of both vectors laid end to end, which are the same
 products. The constraint keeps torch as it is. torchvision comes along, fits no CPU build of torch
 and then breaks transformers:
@@ -28,7 +28,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -68,7 +67,7 @@ def race(title, contenders, turns=5):
         median = statistics.median(spent)
         first = first or median
         print(f"  {name:40s}{median:9.1f} ms ({min(spent):.1f}-{max(spent):.1f})  "
-              f"{median / first:.2f} x", flush=True)
+              f"{median / first:.2f} x")
 
 
 # ---- 2. Training ---------------------------------------------------------------------------------
@@ -132,32 +131,22 @@ def other_libraries(x_NMD, L, k, batch):
             "eai-sparsify, SparseCoder": (sparsify_step, 1)}
 
 
-def whole_runs(s, sample=20):
-    """The training of python dfc.py with these settings, with and without bf16, in turns with
-    `sample` steps of the published loop."""
+def whole_run(s, sample=20):
+    """The training of python dfc.py with these settings, between two times `sample` steps of the
+    published loop."""
     x_NMD = dfc.activations(s, "train", s.n_texts, s.seed, s.whole_prompts)
     size = (x_NMD, s.dict, s.k, s.batch)
     published = published_training(*size, sample)
-
-    precisions = ["bf16", "fp32"]
-    if not dfc.has_bf16(x_NMD.device):
-        precisions.remove("bf16")
-
     published()  # warms up
-    samples = [seconds(published)]
-    times = {}
-    for precision in precisions:
-        with mock.patch.object(dfc, "has_bf16", return_value=precision == "bf16"):
-            times[precision] = seconds(lambda: our_training(*size, s.steps)())
-        samples.append(seconds(published))
 
-    print(f"\na whole run, {s.steps} steps of {s.batch} pairs, {s.dict} latents, k {s.k}")
-    scaled = [s.steps / sample * spent for spent in samples]
-    theirs = statistics.mean(scaled)
-    print(f"  published{theirs:28.1f} s, scaled from {sample} steps before and after each of dfc's "
-          f"({min(scaled):.1f}-{max(scaled):.1f})")
-    for precision, spent in times.items():
-        print(f"  dfc, with revival, {precision}{spent:14.1f} s  {theirs / spent:.2f} x")
+    before = seconds(published)
+    spent = seconds(our_training(*size, s.steps))
+    samples = [s.steps / sample * each for each in (before, seconds(published))]
+
+    print(f"\na whole run, {s.steps} steps of {s.batch} pairs, {s.dict} latents, k {s.k}\n"
+          f"  published {statistics.mean(samples):.1f} s, scaled from {sample} steps before and "
+          f"after ({min(samples):.1f}-{max(samples):.1f})\n"
+          f"  dfc, with revival {spent:.1f} s  {statistics.mean(samples) / spent:.2f} x")
 
 
 def single_steps(D, L, k, batch, n):
@@ -176,7 +165,7 @@ def single_steps(D, L, k, batch, n):
 
 def train():
     """The number to claim, then single steps."""
-    whole_runs(dfc.Settings(dict=8192, k=45, out="runs/bench"))  # its vectors go to runs/cache
+    whole_run(dfc.Settings(dict=8192, k=45, out="runs/bench"))  # its vectors go to runs/cache
     single_steps(128, 8192, 45, 1024, 5)
     if DEVICE == "cuda":
         single_steps(2048, 8192, 45, 1024, 100)

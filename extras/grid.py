@@ -6,10 +6,14 @@ separate dev prompts best.
 
     added_n = (alpha - 1) sum_{l in S} f_nl W_dec[l, A] scale_A
 
+Beside them stand the two differences of means of steer.py, added to every prompt with factors of
+their own.
+
 The best of a hundred cells is high by luck alone on the prompts that made it the best. So a cell is
 chosen on dev prompts and reported on test prompts. It is chosen twice: by exact calls, as
-published, and by exact calls minus false calls. A strength at which A answers every prompt with a
-call can win the first choice. It cannot win the second.
+published, and by exact calls minus false calls, which also chooses the alpha of each |S|. A
+strength at which A answers every prompt with a call can win the first choice. It cannot win the
+second.
 
     python extras/grid.py                           # the newest run: three minutes on 2 CPU cores
     python extras/grid.py runs/tiny runs/tiny-excl0.0       # and a plain crosscoder
@@ -33,14 +37,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 from dfc import atomically, cli, fingerprint, load_model
 from eval_toolcall import at_least_one, open_run, paired, save_result
-from steer import ALPHAS, Outcome, outcomes, rank, read_prompts, written
+from steer import ALPHAS, Outcome, outcomes, rank_latents, read_prompts, written
 
 
 class Scaling(NamedTuple):
-    """Latents scaled together: all that A's answers depend on."""
+    """Latents scaled together, or a difference of means: all that A's answers depend on."""
 
-    alpha: float
-    latents: tuple
+    alpha: float    # of a difference of means: the factor with which it is added
+    latents: tuple  # or its name
 
 
 class Cell(NamedTuple):
@@ -51,6 +55,7 @@ class Cell(NamedTuple):
 
 
 CLEAN = Scaling(1., ())
+FACTORS = (.1, .2, .3, .4, .5, .75, 1., 1.5, 2.)
 GROUPS = {"A-exclusive": ["A-exclusive"], "shared": ["shared"],
           "A-exclusive + shared": ["A-exclusive", "shared"]}
 
@@ -77,7 +82,24 @@ def list_cells(cc, ranking, sizes, alphas):
     if not any(lines):
         raise ValueError("an empty grid: alpha 1 alone, or too few latents are larger where a tool "
                          "is needed")
+    for name in ("A - B", "needs - none"):
+        lines.append([Cell(name, Scaling(factor, (name,))) for factor in FACTORS])
     return lines
+
+
+def differences_of_means(dev):
+    """{name: (D,)}: A minus B where a tool is needed, and A there minus A elsewhere."""
+    needs_MD = dev.x_NMD[dev.needs_N].mean(0)
+    none_D = dev.x_NMD[~dev.needs_N, 0].mean(0)
+    return {"A - B": needs_MD[0] - needs_MD[1], "needs - none": needs_MD[0] - none_D}
+
+
+def added(run, prompts, means, scaling):
+    """What a scaling adds to A -> (N, D)."""
+    alpha, latents = scaling
+    if latents and latents[0] in means:
+        return (alpha * means[latents[0]]).expand(len(prompts.rows), -1)
+    return (alpha - 1) * written(run.cc, prompts.f_NL, list(latents))
 
 
 def read_lines(file):
@@ -87,7 +109,7 @@ def read_lines(file):
     return [json.loads(text) for text in file.read_text().splitlines()]
 
 
-def answer(run, prompts, scalings, at_once=8):
+def answer(run, prompts, means, scalings, at_once=8):
     """{scaling: Outcome} of at least these scalings, without the answers' texts. Those that
     grid.jsonl holds are not done again; new ones are added to it, at_once scalings at a time."""
     s = run.settings
@@ -107,9 +129,7 @@ def answer(run, prompts, scalings, at_once=8):
 
     for i in tqdm(range(0, len(missing), at_once), "grid", leave=False, disable=None):
         batch = missing[i:i + at_once]
-        v_VND = torch.stack([
-            (scaling.alpha - 1) * written(run.cc, prompts.f_NL, list(scaling.latents))
-            for scaling in batch])
+        v_VND = torch.stack([added(run, prompts, means, scaling) for scaling in batch])
         for scaling, outcome in zip(batch, outcomes(run, "A", prompts, v_VND)):
             found[scaling] = outcome._replace(answers=[])
             lines.append({"key": key, **scaling._asdict(), "exact": outcome.exact,
@@ -143,19 +163,20 @@ def best_of(dev, test, cells, less_false=False):
     }
 
 
-def measure_grid(run, lines, most_rows):
+def measure_grid(run, lines, means, most_rows):
     """What metrics.json keeps of list_cells()' lines, on at most `most_rows` dev and test rows of
-    each kind."""
+    each kind. means: differences_of_means()."""
     cells = [cell for line in lines for cell in line]
+    scaled = [cell for cell in cells if cell.group not in means]
     scalings = [CLEAN, *(cell.scaling for cell in cells)]
-    dev = answer(run, read_prompts(run, "dev", most_rows), scalings)
-    test = answer(run, read_prompts(run, "test", most_rows), scalings)
+    dev = answer(run, read_prompts(run, "dev", most_rows), means, scalings)
+    test = answer(run, read_prompts(run, "test", most_rows), means, scalings)
     clean = test[CLEAN]
 
     groups = {}  # {group: for each |S| its best cell and {alpha: change on dev}}
     for line in lines:
         on_dev = {cell.scaling.alpha: change(dev, cell)["pp"] for cell in sorted(line)}
-        best = best_of(dev, test, line)
+        best = best_of(dev, test, line, less_false=True)
         groups.setdefault(best["group"], []).append({"best": best, "on_dev": on_dev})
 
     return {
@@ -163,8 +184,8 @@ def measure_grid(run, lines, most_rows):
         "rows": {"dev": len(dev[CLEAN].exact), "test": len(clean.exact)},  # that need a tool
         "clean": {"exact": 100 * np.mean(clean.exact), "false_calls": clean.false_calls},
         "groups": groups,
-        "best": best_of(dev, test, cells),
-        "best_less_false": best_of(dev, test, cells, less_false=True),
+        "best": best_of(dev, test, scaled),
+        "best_less_false": best_of(dev, test, scaled, less_false=True),
     }
 
 
@@ -231,9 +252,10 @@ def main(argv=None):
     get = cache(load_model)  # runs of one pair share its models
     for name in args.runs or [None]:
         run = open_run(name, get)
-        ranking = rank(run, read_prompts(run, "dev"), "prompts")
+        dev = read_prompts(run, "dev")
+        ranking = rank_latents(run.cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
         lines = list_cells(run.cc, ranking, args.sizes, args.alpha)
-        grid = measure_grid(run, lines, args.rows)
+        grid = measure_grid(run, lines, differences_of_means(dev), args.rows)
         print_grid(grid, run.folder)
         save_result(run.folder, "grid", grid, read_lines(run.folder / "grid.jsonl"), "grid.jsonl")
         grids.append(grid)

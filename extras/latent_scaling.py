@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 from dfc import cli, load_model, plain_texts, tool_texts
 from eval_toolcall import open_run
-from steer import best_latents, rank, read_prompts
+from steer import best_latents, rank_latents, read_prompts
 
 
 def exclusivity(cc, x_NMD, f_NL):
@@ -63,16 +63,14 @@ def print_scaling(run):
     nu_error_L, nu_recon_L = exclusivity(run.cc, x_NMD, run.cc.encode(x_NMD))
     passes_L = (nu_error_L.abs() < .2) & (nu_recon_L.abs() < .5)
 
-    ranking = rank(run, dev, "prompts")
-    auroc = {row["feature_idx"]: row["auroc"] for row in ranking}
+    ranking = rank_latents(run.cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
     partition = "A-exclusive" if run.cc.n_a else "shared"
     best = best_latents(ranking, partition)
 
-    print(f"\n{run.folder}, {partition}\nlatent   AUROC  nu_error  nu_recon")
+    print(f"\n{run.folder}, {partition}\nlatent  nu_error  nu_recon")
     for latent in best[:10]:
         verdict = "   passes" if passes_L[latent] else ""
-        print(f"{latent:6d}{auroc[latent]:8.2f}{nu_error_L[latent]:10.2f}"
-              f"{nu_recon_L[latent]:10.2f}{verdict}")
+        print(f"{latent:6d}{nu_error_L[latent]:10.2f}{nu_recon_L[latent]:10.2f}{verdict}")
     print(f"{int(passes_L[best].sum())} of {len(best)} latents that are larger where a tool is "
           "needed pass")
 

@@ -1,28 +1,31 @@
-"""Three figures, drawn from what runs have saved (pip install matplotlib).
+"""Four figures, drawn from what runs have saved (pip install matplotlib).
 
     python extras/plot.py                          # of the runs in runs/, into runs/: seconds
     python extras/plot.py --run runs/mine --out figures
 
-    effect.png      each change of steer.py beside its controls, and the false calls of both
-    grid.png        how many latents, how strong: every cell on dev, the best of each |S| on test
-    saturation.png  how many latents does it take: a line for each dictionary, so for each seed
+    effect.png   each change of steer.py beside its controls, and the false calls of both
+    grid.png     how many latents, how strong: the best alpha of each |S|, beside differences of
+                 means (paper, Figure 3)
+    dose.png     exact calls left against what is ablated along one direction
+    map.png      decoder rows of the newest DFC and of the newest plain crosscoder (Figure 2)
 
-effect.png and grid.png are of --run, or if it has no such results of the newest run that has them.
-saturation.png is of all runs with the models, layer and rows of that run. A figure without results
-is left out, and the missing command is printed.
+effect.png is of --run, or if it has no such result of the newest run that has one. grid.png and
+dose.png are of all runs with the models and prompts of the newest. A figure without results is left
+out, and the missing command is printed.
 """
 
 import argparse
-import math
+import json
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
-from dfc import atomically, cli, read_metrics
+from dfc import atomically, cli, load, read_metrics
 
 
 class Finished(NamedTuple):
@@ -33,14 +36,13 @@ class Finished(NamedTuple):
 
 
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"  # colour-blind readers can tell them apart
-NO_CHANGE = {"color": ".7", "lw": 1, "zorder": 0}  # the line at 0
 CONTROLS = {
     "random": "random direction",
     "latents": "another latent",
     "A - B": "diff of means: A - B",
     "needs - none": "diff of means: tool needed - not",
 }
-ADDED = {"latents": "the n that separate prompts best", "drawn": "n drawn from the same partition"}
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B4513")
 CHANGE = "change of exact calls, percentage points"
 INTERVAL = "95 % interval over prompts"
 PAGE = {  # for pictures shown 800 pixels wide
@@ -74,8 +76,8 @@ def read_runs(folder, last=None):
 
 
 def runs_with(runs, key, command):
-    """The runs that hold a result of a command and agree with the newest of them in what same()
-    returns. Raises ValueError."""
+    """The runs whose result of a command is of the same prompts as that of the newest. Raises
+    ValueError."""
     found = [run for run in runs if key in run.metrics]
     if not found:
         raise ValueError(f"no result of {command}")
@@ -84,31 +86,18 @@ def runs_with(runs, key, command):
 
 
 def same(run, key):
-    """What the runs of one picture must have in common."""
+    """What the runs of one figure have in common: models and rows, or the fingerprint of both."""
+    result = run.metrics[key]
+    if isinstance(result, str):
+        return result
     config = run.metrics["config"]
-    rows = run.metrics[key]["rows"]
-    return config["model_a"], config["model_b"], config["tool_texts"], config["layer"], rows
+    return config["model_a"], config["model_b"], config["tool_texts"], result["rows"]
 
 
 # ---- 2. Pieces of a figure -----------------------------------------------------------------------
 def column(records, key):
     """The values of a key in a list of dicts."""
     return [record[key] for record in records]
-
-
-def draw_changes(ax, at, changes, sideways=False, **style):
-    """Changes {pp, lo, hi} with their intervals at some positions, and the line of no change."""
-    pp = np.array(column(changes, "pp"))
-    below = pp - column(changes, "lo")
-    above = column(changes, "hi") - pp
-    style = {"fmt": "o", "color": BLUE, "capsize": 3, **style}
-
-    if sideways:
-        ax.errorbar(pp, at, xerr=[below, above], **style)
-        ax.axvline(0, **NO_CHANGE)
-    else:
-        ax.errorbar(at, pp, yerr=[below, above], **style)
-        ax.axhline(0, **NO_CHANGE)
 
 
 # ---- 3. The figures ------------------------------------------------------------------------------
@@ -123,7 +112,8 @@ def draw_effect(plt, runs):
 
     y = 0
     for name, result in changes.items():
-        draw_changes(left, [y], [result["effect"]], sideways=True, ms=8)
+        pp, lo, hi = (result["effect"][key] for key in ("pp", "lo", "hi"))
+        left.errorbar(pp, y, xerr=[[pp - lo], [hi - pp]], fmt="o", ms=8, capsize=3, color=BLUE)
         right.plot(result["false_calls"], y, "o", ms=8, color=BLUE)
         right.text(116, y, "{pp:+.0f} [{lo:+.0f}, {hi:+.0f}]".format(**result["margin"]),
                    va="center")
@@ -149,6 +139,7 @@ def draw_effect(plt, runs):
         f"tool; bars: {INTERVAL};\nopen circles: vectors of the same length along other directions")
 
     # axes
+    left.axvline(0, color=".7", lw=1, zorder=0)
     fig.set_size_inches(9, 1.4 + .18 * y)
     left.set(xlabel=CHANGE, ylim=(y - .9, -1.2))
     left.set_yticks(list(heads), heads.values(), weight="bold")
@@ -163,86 +154,107 @@ def draw_effect(plt, runs):
 
 
 def draw_grid(plt, runs):
-    """Every cell on dev, above the best cell of each |S| on test."""
-    run = runs_with(runs, "grid", "python extras/grid.py")[-1]
-    grid = run.metrics["grid"]
-    groups = grid["groups"]
-    fig, axes = plt.subplots(2, len(groups), sharey="row", squeeze=False, figsize=(9, 6.4))
-    changes = {}
-    for name, lines in groups.items():
-        changes[name] = np.array([list(line["on_dev"].values()) for line in lines])
-    top = max(abs(pp).max() for pp in changes.values()) or 1
+    """The best alpha of each |S|, on test, a line for each group; and the false calls. Differences
+    of means stand beside them."""
+    groups = {}  # {group: {|S|: the best cell of each dictionary}}
+    for run in runs_with(runs, "grid", "python extras/grid.py"):
+        for group, lines in run.metrics["grid"]["groups"].items():
+            for line in lines:
+                best = line["best"]
+                groups.setdefault(group, {}).setdefault(best["size"], []).append(best)
+    rows = run.metrics["grid"]["rows"]["test"]
 
-    for (upper, lower), (name, lines) in zip(axes.T, groups.items()):
-        best = column(lines, "best")
-        at = range(len(lines))
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4))
+    for color, (group, cells) in zip(COLORS, groups.items()):
+        changes = []
+        false_calls = []
+        for best in cells.values():
+            changes.append(np.mean(column(column(best, "test"), "pp")))
+            false_calls.append(np.mean(column(best, "false_calls")))
+        for ax, values in zip(axes, (changes, false_calls)):
+            if len(values) == 1:
+                ax.axhline(values[0], color=color, ls=":", label=f"diff of means, {group}")
+            else:
+                ax.plot(list(cells), values, "o-", color=color, label=group)
 
-        # every cell
-        shown = upper.imshow(changes[name], "PuOr_r", aspect="auto", vmin=-top, vmax=top)
-        for (y, x), pp in np.ndenumerate(changes[name]):
-            upper.text(x, y, f"{pp:+.0f}", ha="center", va="center", fontsize=7,
-                       color="w" if abs(pp) > .7 * top else "k")
-        alphas = [f"{float(alpha):g}" for alpha in lines[0]["on_dev"]]
-        upper.set(title=name, xlabel="strength alpha (1: clean)")
-        upper.set_xticks(range(len(alphas)), alphas, size=7)
-        upper.set_yticks(at, column(best, "size"))
-
-        # the best of each line
-        draw_changes(lower, at, column(best, "test"))
-        lower.plot(column(best, "false_calls"), "x", color=RED)
-        lower.set_xlabel("latents scaled, |S|, and alpha")
-        lower.set_xticks(at, [f"{cell['size']}\n{cell['alpha']:g}" for cell in best])
-
-    axes[0, 0].set_ylabel(f"latents scaled, |S|\n(n = {grid['rows']['dev']} dev prompts)")
-    axes[1, 0].set_ylabel(f"percentage points\n(n = {grid['rows']['test']} test prompts)")
-    fig.colorbar(shown, ax=axes[0], label="percentage points")
-    fig.suptitle(
-        "The best cell on dev (|S| = {size}, {group}, alpha {alpha:g}) changes exact calls on test "
-        "by {test[pp]:+.0f} points.\n".format(**grid["best"])
-        + f"{run.folder.name}; above: {CHANGE}; below: the best alpha of each |S| on test,\n"
-        f"{INTERVAL}; crosses: false calls, %")
+    for ax in axes:
+        ax.set(xlabel="latents scaled up together, |S|", xscale="log")
+        ax.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+        ax.minorticks_off()
+    axes[0].set_ylabel(f"{CHANGE}\n({rows} test prompts that need a tool)")
+    axes[1].set(ylabel="false calls, % of other prompts", ylim=(-4, 104))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.suptitle("Scaled up, A-exclusive latents add calls, shared ones do not. A difference of\n"
+                 "means adds as many. (alpha chosen on dev prompts; mean over dictionaries)")
     return fig
 
 
-def draw_saturation(plt, runs):
-    """Exact calls when the first n latents are ablated: a line for each dictionary."""
+def draw_dose(plt, runs):
+    """Exact calls left against what is removed along u: a dot for each dictionary and n."""
+    found = runs_with(runs, "saturation_test", "python extras/saturation.py --all")
     kinds = {}
-    for run in runs_with(runs, "saturation_test", "python extras/saturation.py --all"):
-        kinds.setdefault(kind_of(run.folder), []).append(run.metrics["saturation_test"])
+    for run in found:
+        kinds.setdefault(kind_of(run.folder), []).extend(read_lines(run))
+    every = read_lines(run)
+    n_rows = len(every[0]["greedy"]["exact"])
+    decodings = [name for name in ("greedy", "sampled") if name in every[0]]
 
-    columns = min(4, len(kinds))
-    lines = math.ceil(len(kinds) / columns)
-    fig, axes = plt.subplots(lines, columns, sharex=True, sharey=True, squeeze=False,
-                             figsize=(9, 1.4 + 2 * lines))
-    for ax, (kind, results) in zip(axes.flat, kinds.items()):
-        for result in results:
-            n = column(result["sizes"], "n")
-            ablated = column(result["sizes"], "ablated")
-            for added, color in (("drawn", GREY), ("latents", BLUE)):
-                exact = [outcome[added]["exact"] for outcome in ablated]
-                ax.plot(n, exact, ".-", color=color, lw=.8, label=ADDED[added])
-        ax.axhline(result["clean"]["A"]["exact"], color=RED, ls=":", label="clean A")
-        ax.set(title=f"{kind.replace('-', ' ')} (seeds: {len(results)})", xscale="log",
-               ylim=(-4, 104))
-        ax.set_xticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"], minor=False)
-        ax.minorticks_off()
+    fig, axes = plt.subplots(1, len(decodings), sharey=True, squeeze=False, figsize=(9, 4.4))
+    for ax, decoding in zip(axes[0], decodings):
+        for color, (kind, lines) in zip(COLORS, kinds.items()):
+            draw_dots(ax, [line for line in lines if line["name"] == "latents"], decoding,
+                      ls="", marker="o", ms=4, color=color, label=kind.replace("-", " "))
+        curve = [every[0]] + [line for line in every if line["name"].startswith("u x")]
+        draw_dots(ax, curve, decoding, color=GREY, label="the same along u for all prompts")
+        for line in every:
+            if line["name"] in ("A - B", "needs - none"):
+                exact = 100 * np.mean(line[decoding]["exact"])
+                ax.text(line["along u"], exact, f"x {line['name']}")
+        ax.set(xlabel="length removed along u", title=f"{decoding} answers", ylim=(-4, 104))
+    axes[0, 0].set_ylabel(f"exact calls left, % of {n_rows} test prompts")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=5,
+               title="Ablating A-exclusive latents acts by what it removes along one direction u.\n"
+                     "A dot is a dictionary with its first n latents; x: no dictionary.")
+    return fig
 
-    fig.supylabel(f"exact calls, % of {results[0]['rows']} test\nprompts that need a tool", size=10)
-    fig.supxlabel("latents ablated in A (n)", size=10)
-    for ax in axes.flat[len(kinds):]:
-        ax.axis("off")
 
-    # what the lines mean, once each; below the title of the figure, as a suptitle would overlap
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    once = dict(zip(labels, handles))
-    fig.legend(once.values(), once.keys(), loc="outside upper center", ncols=3,
-               title="How many latents must be ablated until A stops calling tools? "
-                     "A line for each dictionary.")
+def read_lines(run):
+    """What saturation.py has measured for a run."""
+    text = (run.folder / "saturation_test.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def draw_dots(ax, lines, decoding, **style):
+    """Lines of saturation.py: exact calls left against the length removed along u."""
+    exact = [100 * np.mean(line[decoding]["exact"]) for line in lines]
+    ax.plot(column(lines, "along u"), exact, **style)
+
+
+def draw_map(plt, runs):
+    """The decoder rows of two dictionaries, projected onto two principal components, and how much
+    of each row's length is A's."""
+    fig, axes = plt.subplots(2, 2, figsize=(9, 7))
+    for (left, right), plain in zip(axes, (False, True)):
+        chosen = [run for run in runs if plain == (run.metrics["config"]["excl"] == 0)]
+        if not chosen:
+            raise ValueError("a DFC and a plain crosscoder: python dfc.py; python dfc.py --excl 0")
+        cc = load(chosen[-1].folder)
+        norm_LM = cc.W_dec.norm(dim=2)
+        share_L = norm_LM[:, 0] / norm_LM.sum(1)
+        row_LE = cc.W_dec.flatten(1) - cc.W_dec.flatten(1).mean(0)
+        xy_L2 = row_LE @ torch.pca_lowrank(row_LE, 2, center=False)[2]
+
+        dots = left.scatter(*xy_L2.T, c=share_L, cmap="coolwarm", vmin=0, vmax=1)
+        fig.colorbar(dots, ax=left, label="A's share of the row")
+        left.set(title=chosen[-1].folder.name)
+        right.hist(share_L, bins=np.linspace(0, 1, 41), color=BLUE)
+        right.set(xlabel="A's share of the row's length", ylabel="latents", yscale="log")
+    fig.suptitle("Decoder rows of both models side by side (paper, Figure 2, there as a UMAP)")
     return fig
 
 
 # ---- 4. The program ------------------------------------------------------------------------------
-FIGURES = {"effect": draw_effect, "grid": draw_grid, "saturation": draw_saturation}
+FIGURES = {"effect": draw_effect, "grid": draw_grid, "dose": draw_dose, "map": draw_map}
 
 
 def pyplot():

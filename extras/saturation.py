@@ -1,31 +1,48 @@
-"""How many latents does it take? Ablate the first n, or copy them into B, on many seeds.
+"""How many latents, or how much of one direction? Ablate the first n latents, on many seeds.
 
 The first n latents are those that separate dev prompts best by Cohen's d and are larger where a
-tool is needed. They are A-exclusive; of a plain crosscoder, shared. At the prompt's last token
+tool is needed. They are A-exclusive; of a plain crosscoder, shared. What they write is subtracted
+from A at the prompt's last token. How many exact calls are left?
 
-    ablated          what they write is subtracted from A: how many exact calls remain?
-    copied into B    c times what they write into A is added to B: how many exact calls appear?
-                     (c is chosen on dev prompts.)
+That depends on the dictionary's seed and size. So we also measure the *dose*: how much is removed
+along one direction u. It is what the first ten latents of a reference dictionary write, the mean
+over dev prompts that need a tool minus the mean over the others. Take a reference of another seed,
+or a dictionary defines the direction by which it is judged. (The default may be that very run.)
 
-Both stand beside two controls: n latents drawn at random from the same partition, active or not;
-and a random direction, on each prompt as long as what the first n write. The dictionary's seed
-matters. So a figure is read over many seeds.
+    latents     what the first n write
+    along u     the part of it along u
+    all but u   the rest of it
+    live        as long, along what n other latents of the partition, active on dev prompts, write
+    random      as long, along a random direction
+    d < 0       what all latents of the partition write that are larger where no tool is needed
+    all         what all latents of the partition write
 
-    python extras/saturation.py                     # the newest run: a minute on 2 CPU cores
-    python extras/saturation.py --all runs/many --seeds 10 11      # also trains every kind below
+Baselines set A's coordinate along a direction to another value, without a dictionary (but for u):
 
-Finished runs are skipped, so it can be stopped anywhere. Under `torchrun --nproc-per-node 4` the
-processes share the work; the command without torchrun then prints all.
+    A - B           difference of means, A minus B, where a tool is needed; set to B's value
+    2 components    the first two principal components of A - B there; set to B's values
+    needs - none    difference of A's means; set to the mean of prompts that need no tool
+    u               set to B's value
+    B's vector      every coordinate is set to B's value
+    u x 1           the mean of A - B along u, where a tool is needed, is subtracted everywhere
+
+    python dfc.py; python extras/saturation.py          # the newest run: half a minute
+    python extras/saturation.py --all runs/many --seeds 10 11 --samples 5    # every kind below
+
+--all trains what is missing, and finished runs are skipped, so it can be stopped anywhere. Under
+`torchrun --nproc-per-node 4` the processes share the work; the command without it prints all.
 """
 
 import argparse
+import json
 import os
 import re
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,9 +52,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 import dfc
 from eval_toolcall import at_least_one, open_run, save_result
-from steer import Prompts, best_latents, best_strength, outcomes, rank, read_prompts, written
+from steer import Prompts, best_latents, outcomes, rank_latents, read_prompts, written
 
-SIZES = (1, 2, 3, 5, 10, 20, 40)
 KINDS = {  # name: how dfc.py trains it
     "preset": "",
     "plain": "--excl 0",
@@ -45,82 +61,143 @@ KINDS = {  # name: how dfc.py trains it
     "with B-exclusive": "--excl-b .1",
     "as published": "--recipe paper",
     "1,024, k 16": "--dict 1024 --k 16",
-    "8,192, k 45": "--dict 8192 --k 45",
-}
-COLUMNS = (  # of what is added a column of the tables
-    ("latents", "exact"),
-    ("latents", "false_calls"),
-    ("drawn", "exact"),
-    ("random", "exact"),
-)
+    "8,192, k 45": "--dict 8192 --k 45"}
+CONTROLS = ("along u", "all but u", "live", "random")  # greedy answers only
+DOSES = (.25, .5, .75, 1., 1.25, 1.5)                  # of "u x"
+N_BASELINES = 6 + len(DOSES)
 
 
-# ---- 1. What all dictionaries of a pair share ----------------------------------------------------
+class Removal(NamedTuple):
+    """What is subtracted from A's vectors."""
+
+    n: int              # how many latents; 0: of a partition, or without a dictionary
+    name: str           # as above
+    v_ND: torch.Tensor  # for each prompt
+
+
 @dataclass
 class Scene:
-    """Prompts and clean answers. They are the same for every dictionary, except the prompts' f_NL,
-    which saturate() replaces."""
+    """What all dictionaries of a pair share. Of the prompts' f_NL saturate() makes its own."""
 
-    dev: Prompts      # for the ranking
-    few_dev: Prompts  # for c
-    report: Prompts   # for results: dev or test rows
-    clean: dict       # {"A", "B": {"exact", "false_calls"}} in percent of these
+    dev: Prompts
+    report: Prompts  # dev or test rows
+    u_D: torch.Tensor
+    lines: list      # what measure() returns of clean A and the baselines
 
 
-def make_scene(run, split, most_rows):
-    """The scene of a run's pair and layer."""
+# ---- 1. The direction u and the baselines --------------------------------------------------------
+def make_scene(run, reference, split, most_rows):
+    """The scene of a run's pair and layer, with u of another run."""
+    dev = read_prompts(reference, "dev")
     report = read_prompts(run, split, most_rows)
-    nothing = {"clean": torch.zeros_like(report.x_NMD[:, 0])}
-    clean = {m: measure(run, m, report, nothing)["clean"] for m in "AB"}
-    return Scene(read_prompts(run, "dev"), read_prompts(run, "dev", 12), report, clean)
+    first = order_latents(reference.cc, dev)[0][:10]
+    u_D = F.normalize(needs_minus_none(written(reference.cc, dev.f_NL, first), dev), dim=0)
+    return Scene(dev, report, u_D, measure(run, report, u_D, baselines(dev, report, u_D)))
 
 
-def measure(run, m, prompts, versions):
-    """{name: what is added to model m, (N, D)} -> {name: {"exact", "false_calls"} in percent}."""
-    out = {}
-    found = outcomes(run, m, prompts, torch.stack(list(versions.values())))
-    for name, outcome in zip(versions, found):
-        exact = 100 * float(np.mean(outcome.exact))
-        out[name] = {"exact": exact, "false_calls": outcome.false_calls}
-    return out
+def needs_minus_none(x_ND, prompts):
+    """Difference of means -> (D,)."""
+    return x_ND[prompts.needs_N].mean(0) - x_ND[~prompts.needs_N].mean(0)
+
+
+def order_latents(cc, dev):
+    """Of the A-exclusive partition, or a plain crosscoder's only one: (latents that are larger
+    where a tool is needed, best separated first; those that are smaller; all)."""
+    name = "A-exclusive" if cc.n_a else "shared"
+    ranking = rank_latents(cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
+    own = [row for row in ranking if row["partition"] == name]
+    smaller = [row["feature_idx"] for row in own if row["cohens_d"] < 0]
+    return best_latents(ranking, name), smaller, [row["feature_idx"] for row in own]
+
+
+def baselines(dev, report, u_D):
+    """Removals of clean A and the baselines. Directions and means are of dev prompts."""
+    a_ND, b_ND = report.x_NMD.unbind(1)
+    dev_ND = dev.x_NMD[:, 0]
+    gap_ND = (dev_ND - dev.x_NMD[:, 1])[dev.needs_N]
+    gap_D = gap_ND.mean(0)
+    components_KD = torch.linalg.svd(gap_ND, full_matrices=False).Vh[:2]
+    none_D = dev_ND[~dev.needs_N].mean(0)
+
+    def set_to(target_ND, directions_KD):
+        """A minus the target, along orthogonal directions."""
+        directions_KD = F.normalize(directions_KD)
+        return (a_ND - target_ND) @ directions_KD.T @ directions_KD
+
+    removed = {
+        "clean": 0 * a_ND,
+        "A - B": set_to(b_ND, gap_D[None]),
+        "2 components": set_to(b_ND, components_KD),
+        "needs - none": set_to(none_D, needs_minus_none(dev_ND, dev)[None]),
+        "u": set_to(b_ND, u_D[None]),
+        "B's vector": a_ND - b_ND,
+    }
+    for dose in DOSES:
+        removed[f"u x {dose:g}"] = (dose * (gap_D @ u_D) * u_D).expand_as(a_ND)
+    return [Removal(0, name, v_ND) for name, v_ND in removed.items()]
 
 
 # ---- 2. One dictionary ---------------------------------------------------------------------------
-def saturate(run, scene):
-    """What metrics.json keeps of one dictionary."""
+def saturate(run, scene, sizes):
+    """The lines of one dictionary."""
     cc = run.cc
-    dev, few_dev, report = (replace(prompts, f_NL=cc.encode(prompts.x_NMD))
-                            for prompts in (scene.dev, scene.few_dev, scene.report))
-
-    # the latents in order, and the partition that they are of
-    name = "A-exclusive" if cc.n_a else "shared"
-    order = best_latents(rank(run, dev, "prompts"), name)
-    latents_of = {part.name: part.latents for part in cc.partitions()}
-    every = range(len(cc.b_enc))[latents_of[name]]
-
-    # a random direction, always the same
+    u_D = scene.u_D
+    dev, report = (replace(prompts, f_NL=cc.encode(prompts.x_NMD))
+                   for prompts in (scene.dev, scene.report))
+    order, smaller, every = order_latents(cc, dev)
+    live_L = (dev.f_NL > 0).any(0)
     rng = torch.Generator().manual_seed(0)
-    random_1D = F.normalize(torch.randn(1, len(cc.mean[0]), generator=rng), dim=1).to(cc.mean)
+    random_D = torch.randn(len(u_D), generator=rng).to(u_D)
 
-    sizes = []
-    for n in SIZES:
-        if n > len(order):
-            break
-        latents = order[:n]
-        drawn = np.random.default_rng(n).choice(every, n, replace=False).tolist()
+    removals = [Removal(0, "all", written(cc, report.f_NL, every)),
+                Removal(0, "d < 0", written(cc, report.f_NL, smaller))]
+    for n in [n for n in sizes if n <= len(order)]:
+        # what they write, and its two parts
+        own_ND = written(cc, report.f_NL, order[:n])
+        along_ND = (own_ND @ u_D)[:, None] * u_D
+        removals.append(Removal(n, "latents", own_ND))
+        removals.append(Removal(n, "along u", along_ND))
+        removals.append(Removal(n, "all but u", own_ND - along_ND))
 
-        own_ND = written(cc, report.f_NL, latents)
-        added = {
-            "latents": own_ND,
-            "drawn": written(cc, report.f_NL, drawn),
-            "random": own_ND.norm(dim=1, keepdim=True) * random_1D,
-        }
-        c = best_strength(run, "B", few_dev, written(cc, few_dev.f_NL, latents), (.5, 1, 2, 4))
-        ablated = measure(run, "A", report, {name: -v_ND for name, v_ND in added.items()})
-        copied = measure(run, "B", report, {name: c * v_ND for name, v_ND in added.items()})
-        sizes.append({"n": n, "latents": latents, "c": c, "ablated": ablated,
-                      "copied into B": copied})
-    return {"sizes": sizes, "clean": scene.clean, "rows": int(report.needs_N.sum())}
+        # as long, along other directions
+        directions = {"random": random_D}
+        others = [latent for latent in every if live_L[latent] and latent not in order[:n]]
+        if others:
+            drawn = np.random.default_rng(n).permutation(others)[:n].tolist()
+            directions["live"] = written(cc, dev.f_NL, drawn).mean(0)
+        length_N1 = own_ND.norm(dim=1, keepdim=True)
+        for name, direction_D in directions.items():
+            removals.append(Removal(n, name, length_N1 * F.normalize(direction_D, dim=0)))
+
+    # the answers; and how many of the first n are active on a prompt that needs a tool
+    lines = measure(run, report, u_D, removals)
+    for line in lines:
+        latents = order[:line["n"]] or every
+        f_NS = report.f_NL[report.needs_N][:, latents]
+        line["active"] = (f_NS > 0).sum(1).float().mean().item()
+        line["share"] = line["length"] / lines[0]["length"]
+    return lines
+
+
+def measure(run, prompts, u_D, removals):
+    """For each removal {"n", "name", mean "length" and "along u" where a tool is needed, "greedy"
+    and, if run.samples says how many, "sampled": {"exact", "false_calls"}}."""
+    lines = []
+    for n, name, v_ND in removals:
+        needs_ND = v_ND[prompts.needs_N]
+        lines.append({"n": n, "name": name, "length": needs_ND.norm(dim=1).mean().item(),
+                      "along u": (needs_ND @ u_D).mean().item()})
+
+    for decoding, samples in (("greedy", 0), ("sampled", run.samples)):
+        chosen = [i for i, removal in enumerate(removals)
+                  if decoding == "greedy" or (samples and removal.name not in CONTROLS)]
+        if chosen:
+            v_VND = torch.stack([-removals[i].v_ND for i in chosen])
+            found = outcomes(replace(run, samples=samples), "A", prompts, v_VND)
+            for i, outcome in zip(chosen, found):
+                exact = [round(hit, 3) for hit in outcome.exact]
+                lines[i][decoding] = {"exact": exact, "false_calls": outcome.false_calls}
+    return lines
 
 
 # ---- 3. Many dictionaries, and the tables --------------------------------------------------------
@@ -142,22 +219,47 @@ def kind_of(folder):
     return re.sub(r"-seed\d+", "", folder.name)
 
 
-def print_table(results, change, added, score):
-    """A line for each kind of dictionary: mean (range) over seeds, for each n; [how many have n
-    latents], if not all. results: (kind, what saturate() returns) of each run."""
-    print(f"\n{change}, {added}: {score}, %, mean (range) over seeds\n{'':17s}{'seeds':>6s}"
-          + "".join(f"{f'n = {n}':>16s}" for n in SIZES))
-    for kind in dict.fromkeys(kind for kind, _ in results):
-        runs = [result["sizes"] for own, result in results if own == kind]
-        cells = ""
-        for n in SIZES:
-            values = [size[change][added][score]
-                      for sizes in runs for size in sizes if size["n"] == n]
-            cell = f"{np.mean(values):.0f} ({min(values):.0f}-{max(values):.0f})" if values else "-"
-            if 0 < len(values) < len(runs):
-                cell += f" [{len(values)}]"
-            cells += f"{cell:>16s}"
-        print(f"{kind:17s}{len(runs):6d}{cells}")
+def two_way(exact_SN):
+    """Exact calls of S dictionaries on N prompts -> mean and 95 % bootstrap interval over both, in
+    percent."""
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(1000):
+        seeds, prompts = (rng.integers(size, size=size) for size in exact_SN.shape)
+        means.append(exact_SN[seeds][:, prompts].mean())
+    low, high = np.percentile(means, [2.5, 97.5])
+    return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (exact_SN.mean(), low, high)))
+
+
+def print_table(title, runs):
+    """A line for each n of one kind of dictionary. runs: the lines of each dictionary."""
+    print(f"\n{title}\n{'':14s}seeds active share length along u   greedy      false  sampled     "
+          "false" + "".join(f"{name:>10s}" for name in CONTROLS))
+    groups = {}
+    for line in chain(*runs):
+        groups.setdefault((line["n"], line["name"]), []).append(line)
+
+    for (n, name), lines in groups.items():
+        if name in CONTROLS:
+            continue
+        numbers = ""
+        for key, form in (("active", "7.1f"), ("share", "6.2f"), ("length", "7.1f"),
+                          ("along u", "8.1f")):
+            numbers += format(np.mean([line.get(key, 0) for line in lines]), form)
+
+        # exact calls left and false calls
+        for decoding in ("greedy", "sampled"):
+            found = [line[decoding] for line in lines if decoding in line]
+            cell = ""
+            if found:
+                exact = two_way(np.array([outcome["exact"] for outcome in found]))
+                false_calls = np.mean([outcome["false_calls"] for outcome in found])
+                cell = f"{exact:14s}{false_calls:4.0f}"
+            numbers += f"   {cell:19s}"
+        for control in CONTROLS:
+            exact = [line["greedy"]["exact"] for line in groups.get((n, control), [])]
+            numbers += f"{100 * np.mean(exact):10.0f}" if exact else f"{'':10s}"
+        print(f"{f'first {n}' if n else name:14s}{len(lines):5d}{numbers}".rstrip())
 
 
 def main(argv=None):
@@ -167,49 +269,55 @@ def main(argv=None):
     p.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of --all (all)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --all (0)")
     p.add_argument("--options", default="", help="of dfc.py, for all of them: '--preset smol'")
+    # what is measured
+    p.add_argument("--reference", help="the run that defines u (default: the newest in runs/)")
     p.add_argument("--split", choices=["dev", "test"], default="test",
-                   help="rows to report (test); latents and strengths are chosen on dev")
+                   help="rows to report (test); latents are chosen on dev")
     p.add_argument("--rows", type=at_least_one, default=20, help="of each kind (20)")
+    p.add_argument("--sizes", type=at_least_one, nargs="+", default=[1, 2, 3, 5, 10, 20, 40],
+                   help="numbers of latents, n")
+    p.add_argument("--samples", type=int, default=0, help="also score this many answers a prompt, "
+                   "sampled at temperature 1 (0)")
     args = p.parse_args(argv)
     if args.all and args.runs:
         p.error("either run folders or --all")
-    if not args.all and (args.options or args.seeds != [0] or args.kinds != list(KINDS)):
-        p.error("--kinds, --seeds and --options go with --all")
     folders = args.runs or [None]
-    total = len(folders)
     if args.all:
         folders = train_all(args.kinds, args.seeds, args.all, args.options)
-        total = len(args.kinds) * len(args.seeds)
 
     get = cache(dfc.load_model)
-    pair = None
+    reference = open_run(args.reference, get)
     scene = None
-    results = []
-    key = f"saturation_{args.split}"
-    for folder in tqdm(folders, "dictionaries", total, disable=None):
-        run = open_run(folder, get)
-        s = run.settings
-        own_pair = s.model_a, s.model_b, s.tool_texts, s.layer, s.max_new
-        pair = pair or own_pair
-        if own_pair != pair:
-            raise ValueError(f"{run.folder} has other models, rows, layer or --max-new than the "
-                             "first: make a table of each")
+    results = {}
+    for folder in tqdm(folders, "dictionaries", disable=None):
+        run = replace(open_run(folder, get), samples=args.samples)
+        if pair_of(run) != pair_of(reference):
+            raise ValueError(f"{run.folder} has other models, rows, layer or --max-new than "
+                             f"{reference.folder}: give another --reference")
 
         # what is there is not done again
-        result = dfc.read_metrics(run.folder).get(key, {})
-        files = dfc.fingerprint("", s)
-        if (result.get("most_rows"), result.get("files")) != (args.rows, files):
-            scene = scene or make_scene(run, args.split, args.rows)
-            result = {**saturate(run, scene), "most_rows": args.rows, "files": files}
-            save_result(run.folder, key, result, result["sizes"], f"{key}.jsonl")
-        results.append((kind_of(run.folder), result))
+        key = f"saturation_{args.split}"
+        what = [args.rows, args.samples, args.sizes, reference.cc.W_dec.sum().item()]
+        depends_on = dfc.fingerprint(what, run.settings)
+        if dfc.read_metrics(run.folder).get(key) != depends_on:
+            scene = scene or make_scene(run, reference, args.split, args.rows)
+            lines = scene.lines + saturate(run, scene, args.sizes)
+            save_result(run.folder, key, depends_on, lines, f"{key}.jsonl")
+        file = run.folder / f"{key}.jsonl"
+        lines = [json.loads(text) for text in file.read_text().splitlines()]
+        results.setdefault(kind_of(run.folder), []).append(lines)
 
-    clean = result["clean"]["A"]
-    print(f"\n{result['rows']} {args.split} prompts need a tool; clean A: {clean['exact']:.0f} % "
-          f"exact calls, and {clean['false_calls']:.0f} % false calls on the other prompts")
-    for change in ("ablated", "copied into B"):
-        for added, score in COLUMNS:
-            print_table(results, change, added, score)
+    print(f"\nexact calls left, % of {len(lines[0]['greedy']['exact'])} {args.split} prompts that "
+          "need a tool [95 %, over dictionaries and prompts]; false calls, % of the others")
+    print_table("no dictionary", [lines[:N_BASELINES]])
+    for kind, runs in results.items():
+        print_table(kind, [lines[N_BASELINES:] for lines in runs])
+
+
+def pair_of(run):
+    """What runs of one table have in common."""
+    s = run.settings
+    return s.model_a, s.model_b, s.tool_texts, s.layer, s.max_new
 
 
 if __name__ == "__main__":

