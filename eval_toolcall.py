@@ -84,9 +84,9 @@ def generate(model, tokenizer, prompts, max_new, layer=0, v_VND=None, replace=Fa
         2. in each version, read token T with its vector added or put in place
         3. write the answer token by token, from the version's copy of the cache
 
-    seed: None for greedy answers, a number for samples at temperature 1, with the same noise in all
-    versions. Answers of max_new tokens end in " [cut]". most_tokens bounds a batch. Raises
-    ValueError if logits are not finite."""
+    seed: None for greedy answers, a number for samples at temperature 1. Versions share the noise
+    of the first token. Answers of max_new tokens end in " [cut]". most_tokens bounds a batch.
+    Raises ValueError if logits are not finite."""
     ids = token_ids(tokenizer, prompts)
     ends = end_tokens(model, tokenizer)
     if v_VND is None:

@@ -376,8 +376,8 @@ def parse_args(argv=None):
                    "A-exclusive one that separates dev prompts best)")
     p.add_argument("--rows", type=at_least_one, default=40, help="test rows of each kind, "
                    "which is a row's \"kind\" or whether it needs a tool (40)")
-    p.add_argument("--samples", type=int, default=0, help="score this many answers a prompt, "
-                   "sampled at temperature 1 (default: one greedy answer)")
+    p.add_argument("--samples", type=at_least_one, default=0, help="score this many answers a "
+                   "prompt, sampled at temperature 1 (default: one greedy answer)")
     p.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one)")
     p.add_argument("--prompt", help="steer A's answer to these words of a user: print the texts, "
                    "and at which tokens the latents are active")
@@ -401,7 +401,7 @@ def main(argv=None):
 
     steering, answers, test = steer(run, latents, ranking, dev, args.rows)
 
-    # the numbers, the answers (without those to controls), the ranking
+    # the numbers, the answers (sampled: the first of each; none to controls), the ranking
     steering["seconds"] = time.time() - began
     lines = []
     for i, row in enumerate(test.rows):

@@ -1598,28 +1598,21 @@ def test_each_exercise_fails_as_it_stands_and_passes_with_its_solution(solution)
 
 def test_the_programs_of_the_exercises_run(world, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ev, "open_run", lambda folder: run)  # its answers are short
-    call = next(row for row in rows_in(world.rows, "test") if ev.needs_tool(row))
-    empty = '<tool_call>{"name": "get_weather", "parameters": {}}</tool_call>'
-    gold = {True: call["output"], False: "<response> No. </response>"}
-    lines = []
-    for needs in (True, False):
-        said = {"clean A": gold[needs], "ablated in A": "", "its maximum added to B": empty}
-        prompt = "1. Name: get_weather\n<user> Hi </user>"
-        lines.append({"prompt": prompt, "gold": gold[needs], **said,
-                      "answers": {"B": {"no latent": "what B said"}}})
+    call = '<tool_call>{"name": "get_weather", "parameters": {}}</tool_call>'
+    said = {"ablated in A": "", "its maximum added to B": call,
+            "answers": {"B": {"no latent": "what B said"}}}
+    lines = [{"prompt": "1. Name: get_weather\n<user> Hi </user>", "gold": gold, "clean A": gold,
+              **said} for gold in (call, "<response> No. </response>")]
     for name in ("steer.jsonl", "eval.jsonl"):
         write_rows(tmp_path / name, *lines)
 
     exercise("06_read_answers.py")["main"](tmp_path)
-    solved = {file.stem[:2]: exercise(file.name, file.read_text())["main"] for file in SOLUTIONS}
-    solved["08"](world.run, rows=1)
-    solved["09"](tmp_path)
-    solved["10"](steps=5)
-    solved["11"](world.run, rows=1)
+    wanted = [(world.run, 1), (tmp_path,), (5,), (world.run, 1)]
+    for file, arguments in zip(SOLUTIONS, wanted):
+        exercise(file.name, file.read_text())["main"](*arguments)
 
     printed = capsys.readouterr().out
     assert "1 - of the first tool in the list\n   1 - without any value" in printed
-    assert "what B said" in printed
     assert "ablated in A minus clean A: -100.0 to -100.0" in printed
 
 
@@ -1846,9 +1839,9 @@ def test_an_interval_over_dictionaries_and_prompts_is_as_wide_as_either_makes_it
 def cells_of_the_lesson(world):
     """[(source, tags, outputs)]; text has no outputs (None). Its runs are the world's."""
     text = (ROOT / "extras/lesson.ipynb").read_text()
-    text = text.replace("runs/lesson-seed{seed}", f"{world.run}")
-    return [("".join(cell["source"]), cell["metadata"].get("tags", []), cell.get("outputs"))
-            for cell in json.loads(text)["cells"]]
+    cells = json.loads(text.replace("runs/lesson-seed{seed}", f"{world.run}"))["cells"]
+    return [("".join(cell["source"]), cell["metadata"].get("tags"), cell.get("outputs"))
+            for cell in cells]
 
 
 def test_the_lesson_runs_from_the_first_cell_to_the_last_also_without_pictures(world, monkeypatch):
@@ -1864,13 +1857,9 @@ def test_the_lesson_runs_from_the_first_cell_to_the_last_also_without_pictures(w
 
 
 def test_the_lesson_shows_no_result_before_its_question(world):
-    guesses = 0
-    for source, tags, outputs in cells_of_the_lesson(world):
-        if source.startswith("# predict"):
-            guesses += 1
-            assert tags == ["prediction"]
-            assert outputs == []
-    assert guesses == 9
+    guesses = [outputs for source, _, outputs in cells_of_the_lesson(world)
+               if source.startswith("# predict")]
+    assert guesses == 9 * [[]]
 
 
 def test_blanks_of_the_lesson_are_checked_and_their_solutions_pass(world, capsys):
@@ -1892,27 +1881,21 @@ def test_a_check_of_the_lesson_says_what_is_wrong_and_goes_on_with_the_library(c
     def written(cc, f_NL, latents):
         return f_NL[:, latents] @ cc.W_dec[latents, 0]
 
-    def encode(cc, x_BMD):
-        return cc.preactivate(x_BMD).shape.missing
-
     assert lesson_checks.written(written) is steer.written
     assert "scale_A is missing" in capsys.readouterr().out
-    assert lesson_checks.encode(encode) is dfc.Crosscoder.encode
-    assert "it raises AttributeError" in capsys.readouterr().out
 
 
 def test_the_lesson_fetches_the_code_if_it_is_not_there(world, tmp_path, monkeypatch):
     asked = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr("subprocess.run", lambda command, check: asked.append(command))
+    monkeypatch.setattr("subprocess.run", lambda command, check: asked.append(command[:2]))
     (tmp_path / "dfc").mkdir()
     (tmp_path / "dfc/dfc.py").touch()
-    source = next(source for source, _, outputs in cells_of_the_lesson(world) if outputs == [])
+    first = cells_of_the_lesson(world)[1][0]
 
-    for _ in range(2):  # once more does nothing
-        here = {}
-        exec(source, here)
+    exec(first, {})
+    exec(first, {})  # once more does nothing
 
-    assert [command[:2] for command in asked] == [["git", "clone"], [sys.executable, "-m"]]
-    assert here["ROOT"] == tmp_path / "dfc"
+    assert asked == [["git", "clone"], [sys.executable, "-m"]]
+    assert Path.cwd() == tmp_path / "dfc"

@@ -175,7 +175,7 @@ def saturate(run, scene, sizes):
         latents = order[:line["n"]] or every
         f_NS = report.f_NL[report.needs_N][:, latents]
         line["active"] = (f_NS > 0).sum(1).float().mean().item()
-        line["share"] = line["length"] / lines[0]["length"]
+        line["share"] = line["length"] / (lines[0]["length"] or 1)
     return lines
 
 
@@ -259,7 +259,7 @@ def print_table(title, runs):
         for control in CONTROLS:
             exact = [line["greedy"]["exact"] for line in groups.get((n, control), [])]
             numbers += f"{100 * np.mean(exact):10.0f}" if exact else f"{'':10s}"
-        print(f"{f'first {n}' if n else name:14s}{len(lines):5d}{numbers}".rstrip())
+        print(f"{f'first {n}' if n else name:14s}{len(lines):5d}{numbers}")
 
 
 def main(argv=None):
@@ -276,8 +276,8 @@ def main(argv=None):
     p.add_argument("--rows", type=at_least_one, default=20, help="of each kind (20)")
     p.add_argument("--sizes", type=at_least_one, nargs="+", default=[1, 2, 3, 5, 10, 20, 40],
                    help="numbers of latents, n")
-    p.add_argument("--samples", type=int, default=0, help="also score this many answers a prompt, "
-                   "sampled at temperature 1 (0)")
+    p.add_argument("--samples", type=at_least_one, default=0, help="also score this many answers a "
+                   "prompt, sampled at temperature 1 (0)")
     args = p.parse_args(argv)
     if args.all and args.runs:
         p.error("either run folders or --all")
