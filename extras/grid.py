@@ -89,9 +89,9 @@ def list_cells(cc, ranking, sizes, alphas):
 
 def differences_of_means(dev):
     """{name: (D,)}: A minus B where a tool is needed, and A there minus A elsewhere."""
-    needs_MD = dev.x_NMD[dev.needs_N].mean(0)
+    a_D, b_D = dev.x_NMD[dev.needs_N].mean(0)
     none_D = dev.x_NMD[~dev.needs_N, 0].mean(0)
-    return {"A - B": needs_MD[0] - needs_MD[1], "needs - none": needs_MD[0] - none_D}
+    return {"A - B": a_D - b_D, "needs - none": a_D - none_D}
 
 
 def added(run, prompts, means, scaling):

@@ -10,8 +10,8 @@
     map.png      decoder rows of the newest DFC and of the newest plain crosscoder (Figure 2)
 
 effect.png is of --run, or if it has no such result of the newest run that has one. grid.png and
-dose.png are of all runs with the models and prompts of the newest. A figure without results is left
-out, and the missing command is printed.
+dose.png are of all runs with the models, layer and prompts of the newest. A figure without results
+is left out, and the missing command is printed.
 """
 
 import argparse
@@ -86,12 +86,13 @@ def runs_with(runs, key, command):
 
 
 def same(run, key):
-    """What the runs of one figure have in common: models and rows, or the fingerprint of both."""
+    """What the runs of one figure share: models, layer and rows, or a fingerprint of them."""
     result = run.metrics[key]
     if isinstance(result, str):
         return result
     config = run.metrics["config"]
-    return config["model_a"], config["model_b"], config["tool_texts"], result["rows"]
+    return (config["model_a"], config["model_b"], config["tool_texts"], config["layer"],
+            result["rows"])
 
 
 # ---- 2. Pieces of a figure -----------------------------------------------------------------------
