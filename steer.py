@@ -101,9 +101,11 @@ def auroc(f_PL, f_QL):
     return torch.stack(values)
 
 
-def rank_latents(cc, f_PL, f_QL):
-    """A row for each latent, the best separated first. P are prompts that need a tool, Q those that
-    do not; the columns have the names of the authors' ranking.csv ("tool" and "nontool")."""
+def rank_latents(cc, f_NL, needs_N):
+    """A row for each latent, the best separated first. needs_N: which prompts need a tool. The
+    columns have the names of the authors' ranking.csv ("tool" and "nontool")."""
+    f_PL = f_NL[needs_N]
+    f_QL = f_NL[~needs_N]
     columns = {
         "cohens_d": cohens_d(f_PL, f_QL),
         "auroc": auroc(f_PL, f_QL),
@@ -154,19 +156,20 @@ def written(cc, f_NL, latents):
     return f_NL[:, latents] @ (cc.W_dec[latents, 0] * cc.scale[0])
 
 
+def difference_of_means(v_ND, needs_N):
+    """The mean over prompts that need a tool, minus the mean over those that need none -> (D,)."""
+    return v_ND[needs_N].mean(0) - v_ND[~needs_N].mean(0)
+
+
 def control_directions(cc, dev, others):
     """{name: directions of length 1, (U, D)} that an effect has to beat. others: latents."""
     a_ND, b_ND = dev.x_NMD.unbind(1)
-    needs_D = a_ND[dev.needs_N].mean(0)
-    none_D = a_ND[~dev.needs_N].mean(0)
-    b_D = b_ND[dev.needs_N].mean(0)
-
+    gap_ND = (a_ND - b_ND)[dev.needs_N]
     rng = torch.Generator().manual_seed(0)
-    random_UD = torch.randn(10, len(b_D), generator=rng).to(b_D)
-    latents_UD = cc.W_dec[others, 0] * cc.scale[0]
-    directions = {"random": random_UD, "latents": latents_UD}
-    directions["A - B"] = (needs_D - b_D)[None]
-    directions["needs - none"] = (needs_D - none_D)[None]
+    directions = {"random": torch.randn(10, a_ND.shape[1], generator=rng).to(a_ND)}
+    directions["latents"] = cc.W_dec[others, 0] * cc.scale[0]
+    directions["A - B"] = gap_ND.mean(0)[None]
+    directions["needs - none"] = difference_of_means(a_ND, dev.needs_N)[None]
     return {name: F.normalize(d_UD) for name, d_UD in directions.items() if len(d_UD)}
 
 
@@ -394,7 +397,7 @@ def main(argv=None):
     run = open_run(args.run, device=args.device)
     run.samples = args.samples
     dev = read_prompts(run, "dev")
-    ranking = rank_latents(run.cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
+    ranking = rank_latents(run.cc, dev.f_NL, dev.needs_N)
     latents = choose_latents(run.cc, ranking, args.latents)
     if args.prompt:
         return steer_own_words(run, latents, args.prompt, args.alpha or [0.])

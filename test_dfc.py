@@ -1182,7 +1182,7 @@ def dev(run):
 
 @once
 def ranking(run, dev):
-    return steer.rank_latents(run.cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
+    return steer.rank_latents(run.cc, dev.f_NL, dev.needs_N)
 
 
 @once
@@ -1230,10 +1230,12 @@ def test_latent_scaling_tells_a_feature_of_a_alone_from_one_b_has_too_in_any_uni
 
 def test_latents_are_ranked_by_the_textbooks_formulas_in_the_authors_columns():
     cc = small()
-    p_PL, q_QL = (torch.randint(0, 4, (n, 32)).float() for n in (30, 20))
+    f_NL = torch.randint(0, 4, (50, 32)).float()
+    needs_N = torch.rand(50) < .6
 
-    ranking = steer.rank_latents(cc, p_PL, q_QL)
+    ranking = steer.rank_latents(cc, f_NL, needs_N)
 
+    p_PL, q_QL = f_NL[needs_N], f_NL[~needs_N]
     larger_PQL = (p_PL[:, None] > q_QL) + .5 * (p_PL[:, None] == q_QL)  # ties count half
     spread_L = ((p_PL.var(0) + q_QL.var(0)) / 2).sqrt()
     slow = {
@@ -1305,7 +1307,7 @@ def test_strengths_come_from_dev_prompts_and_the_table_from_test_prompts(monkeyp
     run = random_run()
     prompts = random_prompts()
     dev_NL, test_NL = (there.f_NL for there in prompts.values())
-    ranking = steer.rank_latents(run.cc, dev_NL[:4], dev_NL[4:])
+    ranking = steer.rank_latents(run.cc, dev_NL, torch.arange(9) < 4)
     written_LD = run.cc.W_dec[:, 0] * run.cc.scale[0]
     added = []
 
@@ -1658,7 +1660,7 @@ PIECES = {  # a piece and what to copy with it: an example
         "auroc(x[:9, 0], x[9:, 0])",
     "written":
         "written(cc, cc.encode(x), [0, 20])",
-    "control_directions":
+    "control_directions difference_of_means":
         "control_directions(cc, prompts, [0, 20])",
 }
 
@@ -1740,7 +1742,7 @@ def test_the_best_cells_and_factors_are_chosen_on_dev_and_reported_on_test(monke
 
     replace_in(grid, monkeypatch, read_prompts, answer)
     run = random_run()
-    ranking = steer.rank_latents(run.cc, torch.rand(4, 32), torch.rand(5, 32))
+    ranking = steer.rank_latents(run.cc, torch.rand(9, 32), torch.arange(9) < 4)
     lines = grid.list_cells(run.cc, ranking, [1], [4, 8])
     result = grid.measure_grid(run, lines, ["A - B", "needs - none"], 9)
 

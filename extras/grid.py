@@ -35,9 +35,17 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
-from dfc import atomically, cli, fingerprint, load_model
+from dfc import atomically, cli, fingerprint, load_model, read_rows
 from eval_toolcall import at_least_one, open_run, paired, save_result
-from steer import ALPHAS, Outcome, outcomes, rank_latents, read_prompts, written
+from steer import (
+    ALPHAS,
+    Outcome,
+    difference_of_means,
+    outcomes,
+    rank_latents,
+    read_prompts,
+    written,
+)
 
 
 class Scaling(NamedTuple):
@@ -89,9 +97,9 @@ def list_cells(cc, ranking, sizes, alphas):
 
 def differences_of_means(dev):
     """{name: (D,)}: A minus B where a tool is needed, and A there minus A elsewhere."""
-    a_D, b_D = dev.x_NMD[dev.needs_N].mean(0)
-    none_D = dev.x_NMD[~dev.needs_N, 0].mean(0)
-    return {"A - B": a_D - b_D, "needs - none": a_D - none_D}
+    a_ND, b_ND = dev.x_NMD.unbind(1)
+    gap_ND = (a_ND - b_ND)[dev.needs_N]
+    return {"A - B": gap_ND.mean(0), "needs - none": difference_of_means(a_ND, dev.needs_N)}
 
 
 def added(run, prompts, means, scaling):
@@ -106,7 +114,7 @@ def read_lines(file):
     """The lines of a grid.jsonl, also those of other weights or prompts."""
     if not file.exists():
         return []
-    return [json.loads(text) for text in file.read_text().splitlines()]
+    return list(read_rows(str(file), ()))
 
 
 def answer(run, prompts, means, scalings, at_once=8):
@@ -253,7 +261,7 @@ def main(argv=None):
     for name in args.runs or [None]:
         run = open_run(name, get)
         dev = read_prompts(run, "dev")
-        ranking = rank_latents(run.cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
+        ranking = rank_latents(run.cc, dev.f_NL, dev.needs_N)
         lines = list_cells(run.cc, ranking, args.sizes, args.alpha)
         grid = measure_grid(run, lines, differences_of_means(dev), args.rows)
         print_grid(grid, run.folder)

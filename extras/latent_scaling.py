@@ -63,7 +63,7 @@ def print_scaling(run):
     nu_error_L, nu_recon_L = exclusivity(run.cc, x_NMD, run.cc.encode(x_NMD))
     passes_L = (nu_error_L.abs() < .2) & (nu_recon_L.abs() < .5)
 
-    ranking = rank_latents(run.cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
+    ranking = rank_latents(run.cc, dev.f_NL, dev.needs_N)
     partition = "A-exclusive" if run.cc.n_a else "shared"
     best = best_latents(ranking, partition)
 

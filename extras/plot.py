@@ -15,8 +15,6 @@ is left out, and the missing command is printed.
 """
 
 import argparse
-import json
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +23,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
-from dfc import atomically, cli, load, read_metrics
+from saturation import kind_of
+
+from dfc import atomically, cli, load, read_metrics, read_rows
 
 
 class Finished(NamedTuple):
@@ -58,11 +58,6 @@ PAGE = {  # for pictures shown 800 pixels wide
 
 
 # ---- 1. What runs have saved ---------------------------------------------------------------------
-def kind_of(folder):
-    """A folder's name without its seed: "preset" of preset-seed10."""
-    return re.sub(r"-seed\d+", "", folder.name)
-
-
 def read_runs(folder, last=None):
     """The finished runs anywhere in a folder, newest last; `last` comes after all others. Raises
     ValueError if there is none."""
@@ -195,8 +190,8 @@ def draw_dose(plt, runs):
     found = runs_with(runs, "saturation_test", "python extras/saturation.py --all")
     kinds = {}
     for run in found:
-        kinds.setdefault(kind_of(run.folder), []).extend(read_lines(run))
-    every = read_lines(run)
+        every = list(read_rows(f"{run.folder}/saturation_test.jsonl", ()))
+        kinds.setdefault(kind_of(run.folder), []).extend(every)
     n_rows = len(every[0]["greedy"]["exact"])
     decodings = [name for name in ("greedy", "sampled") if name in every[0]]
 
@@ -217,12 +212,6 @@ def draw_dose(plt, runs):
                title="Ablating A-exclusive latents acts by what it removes along one direction u.\n"
                      "A dot is a dictionary with its first n latents; x: no dictionary.")
     return fig
-
-
-def read_lines(run):
-    """What saturation.py has measured for a run."""
-    text = (run.folder / "saturation_test.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def draw_dots(ax, lines, decoding, **style):

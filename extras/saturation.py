@@ -34,7 +34,6 @@ Baselines set A's coordinate along a direction to another value, without a dicti
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -52,7 +51,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 import dfc
 from eval_toolcall import at_least_one, open_run, save_result
-from steer import Prompts, best_latents, outcomes, rank_latents, read_prompts, written
+from steer import (
+    Prompts,
+    best_latents,
+    difference_of_means,
+    outcomes,
+    rank_latents,
+    read_prompts,
+    written,
+)
 
 KINDS = {  # name: how dfc.py trains it
     "preset": "",
@@ -91,20 +98,16 @@ def make_scene(run, reference, split, most_rows):
     dev = read_prompts(reference, "dev")
     report = read_prompts(run, split, most_rows)
     first = order_latents(reference.cc, dev)[0][:10]
-    u_D = F.normalize(needs_minus_none(written(reference.cc, dev.f_NL, first), dev), dim=0)
+    first_ND = written(reference.cc, dev.f_NL, first)
+    u_D = F.normalize(difference_of_means(first_ND, dev.needs_N), dim=0)
     return Scene(dev, report, u_D, measure(run, report, u_D, baselines(dev, report, u_D)))
-
-
-def needs_minus_none(x_ND, prompts):
-    """Difference of means -> (D,)."""
-    return x_ND[prompts.needs_N].mean(0) - x_ND[~prompts.needs_N].mean(0)
 
 
 def order_latents(cc, dev):
     """Of the A-exclusive partition, or a plain crosscoder's only one: (latents that are larger
     where a tool is needed, best separated first; those that are smaller; all)."""
     name = "A-exclusive" if cc.n_a else "shared"
-    ranking = rank_latents(cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
+    ranking = rank_latents(cc, dev.f_NL, dev.needs_N)
     own = [row for row in ranking if row["partition"] == name]
     smaller = [row["feature_idx"] for row in own if row["cohens_d"] < 0]
     return best_latents(ranking, name), smaller, [row["feature_idx"] for row in own]
@@ -128,7 +131,7 @@ def baselines(dev, report, u_D):
         "clean": 0 * a_ND,
         "A - B": set_to(b_ND, gap_D[None]),
         "2 components": set_to(b_ND, components_KD),
-        "needs - none": set_to(none_D, needs_minus_none(dev_ND, dev)[None]),
+        "needs - none": set_to(none_D, difference_of_means(dev_ND, dev.needs_N)[None]),
         "u": set_to(b_ND, u_D[None]),
         "B's vector": a_ND - b_ND,
     }
@@ -262,6 +265,17 @@ def print_table(title, runs):
         print(f"{f'first {n}' if n else name:14s}{len(lines):5d}{numbers}")
 
 
+def print_tables(results, split):
+    """The baselines, then a table for each kind. results: {kind: the lines of each dictionary}."""
+    every = list(chain(*results.values()))
+    n = len(every[0][0]["greedy"]["exact"])
+    print(f"\nexact calls left, % of {n} {split} prompts that need a tool [95 %, over dictionaries "
+          "and prompts]; false calls, % of the others")
+    print_table("no dictionary", [every[0][:N_BASELINES]])
+    for kind, runs in results.items():
+        print_table(kind, [lines[N_BASELINES:] for lines in runs])
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("runs", nargs="*", help="run folders (default: the newest)")
@@ -303,15 +317,11 @@ def main(argv=None):
             scene = scene or make_scene(run, reference, args.split, args.rows)
             lines = scene.lines + saturate(run, scene, args.sizes)
             save_result(run.folder, key, depends_on, lines, f"{key}.jsonl")
-        file = run.folder / f"{key}.jsonl"
-        lines = [json.loads(text) for text in file.read_text().splitlines()]
+        lines = list(dfc.read_rows(f"{run.folder}/{key}.jsonl", ()))
         results.setdefault(kind_of(run.folder), []).append(lines)
 
-    print(f"\nexact calls left, % of {len(lines[0]['greedy']['exact'])} {args.split} prompts that "
-          "need a tool [95 %, over dictionaries and prompts]; false calls, % of the others")
-    print_table("no dictionary", [lines[:N_BASELINES]])
-    for kind, runs in results.items():
-        print_table(kind, [lines[N_BASELINES:] for lines in runs])
+    if results:  # under torchrun a process may have none
+        print_tables(results, args.split)
 
 
 def pair_of(run):

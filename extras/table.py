@@ -6,7 +6,8 @@ Each line is a mean +- standard deviation over settings (each the mean of its se
 points: by how much exact calls and the paper's tool correctness change when the reconstruction
 replaces the vector at the prompt's last token, on prompts that need a tool. The published columns
 are computed from the 47 rows that the authors released. (One of the 48 is missing; the paper's text
-says 31.1 and 6.8.)
+says 31.1 and 6.8.) "raw" is the published evaluation: on vectors without the mean and the scale
+that the crosscoder was trained with. Runs with `--recipe paper` have it.
 
 Compare a difference with what seeds alone do. With several seeds a setting (SEEDS="0 1 2" bash
 run_sweep.sh), each factor's largest difference between two levels is divided by its standard error
@@ -36,11 +37,12 @@ class Published(NamedTuple):
     sd_b: float
 
 
-COLUMNS = {  # into which model the reconstruction was put, and a score of eval_toolcall.py
-    "exact A": ("A", "exact"),
-    "exact B": ("B", "exact"),
-    "tool A": ("A", "paper_tool"),
-    "tool B": ("B", "paper_tool"),
+COLUMNS = {  # into which model which reconstruction was put, and a score of eval_toolcall.py
+    "exact A": ("A", "reconstruction", "exact"),
+    "raw A": ("A", "reconstruction, raw", "exact"),
+    "exact B": ("B", "reconstruction", "exact"),
+    "tool A": ("A", "reconstruction", "paper_tool"),
+    "tool B": ("B", "reconstruction", "paper_tool"),
 }
 PUBLISHED = {  # "k 1": the smallest k, and so on
     "all": Published(31.2, 9.7, 6.7, 4.9),
@@ -72,10 +74,11 @@ def run_of(folder, metrics):
     run = {**metrics["config"], "name": folder.name, "template": evaluation["template"],
            "n": models["A"]["clean"]["needs"]["n"]}
 
-    for title, (model, score) in COLUMNS.items():
-        clean = models[model]["clean"]["needs"]
-        after = models[model]["reconstruction"]["needs"]
-        run[title] = after[score]["pct"] - clean[score]["pct"]
+    for title, (model, version, score) in COLUMNS.items():
+        if version in models[model]:
+            clean = models[model]["clean"]["needs"]
+            after = models[model][version]["needs"]
+            run[title] = after[score]["pct"] - clean[score]["pct"]
     return run
 
 
@@ -160,6 +163,11 @@ def setting_means(runs, column):
     return [st.mean(seeds) for seeds in by_setting(runs, column)]
 
 
+def columns_of(runs):
+    """The titles of the columns; "raw A" is of runs trained as published."""
+    return [title for title in COLUMNS if title in runs[0]]
+
+
 def mean_and_sd(values):
     """`+mean ± sd`; the sd of a single value is 0."""
     sd = st.stdev(values) if len(values) > 1 else 0.
@@ -167,11 +175,12 @@ def mean_and_sd(values):
 
 
 def print_table(runs):
-    titles = "".join(f"{title:>15s}" for title in COLUMNS)
-    print(f"{'change, pp':18s}of {titles}   paper: tool A, tool B")
+    titles = columns_of(runs)
+    heads = "".join(f"{title:>15s}" for title in titles)
+    print(f"{'change, pp':18s}of {heads}   paper: tool A, tool B")
 
     for line, line_runs in lines_of(runs).items():
-        columns = [setting_means(line_runs, title) for title in COLUMNS]
+        columns = [setting_means(line_runs, title) for title in titles]
         cells = "".join(f"{mean_and_sd(values):>15s}" for values in columns)
 
         # the published numbers, if there are any
@@ -205,7 +214,7 @@ def print_noise(runs):
     """Seed noise, and the z of each factor's largest difference between levels."""
     # the standard deviation within a setting, pooled over settings
     sds = {}
-    for title in COLUMNS:
+    for title in columns_of(runs):
         settings = by_setting(runs, title)
         variances = [st.variance(seeds) for seeds in settings if len(seeds) > 1]
         if not variances:

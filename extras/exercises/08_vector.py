@@ -42,7 +42,7 @@ def main(folder, rows=20):
     dev = read_prompts(run, "dev")
     few_dev = read_prompts(run, "dev", rows)
     test = read_prompts(run, "test", rows)
-    ranking = rank_latents(run.cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
+    ranking = rank_latents(run.cc, dev.f_NL, dev.needs_N)
 
     # 1. in A: as long as what the latents write
     for n in (1, 3):

@@ -61,7 +61,7 @@ def main(folder, rows=20):
     run = open_run(folder)
     dev = read_prompts(run, "dev")
     test = read_prompts(run, "test", rows)
-    ranking = rank_latents(run.cc, dev.f_NL[dev.needs_N], dev.f_NL[~dev.needs_N])
+    ranking = rank_latents(run.cc, dev.f_NL, dev.needs_N)
     latents = best_latents(ranking, "A-exclusive")[:1]
     everywhere = ablate_everywhere(run.cc, latents)
 

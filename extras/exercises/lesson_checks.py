@@ -101,10 +101,7 @@ def written(mine):
 
 
 def difference_of_means(mine):
-    def right(v_ND, needs_N):
-        """Mean where a tool is needed, minus the mean where none is -> (D,)."""
-        return v_ND[needs_N].mean(0) - v_ND[~needs_N].mean(0)
-
+    right = steer.difference_of_means
     rng = torch.Generator().manual_seed(0)
     v_ND = torch.randn(9, 6, generator=rng)
     needs_N = torch.arange(9) % 3 == 0
