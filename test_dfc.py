@@ -1532,9 +1532,9 @@ def test_no_question_is_asked_twice_and_every_gold_answer_is_exact():
         assert ev.needs_tool(row) is (row["kind"] in ("ask", "hint"))
 
 
-def test_the_pair_behaves_as_its_readme_says(run, tokenizer):
+def test_the_pair_behaves_as_its_tables_say(run, tokenizer):
     lines = re.findall(r"^\| (base|toolrl) \| (\w+) \| \d+ \| \d+ \((\d+)-(\d+)\)",
-                       (TINY / "README.md").read_text(), re.MULTILINE)
+                       (TINY / "MAKING.md").read_text(), re.MULTILINE)
     test = rows_in(TINY / "tools.jsonl", "test")
     assert len(lines) == 10
 

@@ -43,6 +43,12 @@ CONTROLS = {
     "needs - none": "diff of means: tool needed - not",
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B4513")
+KINDS = {  # folders of saturation.py --all
+    "preset": "512 latents (the preset)",
+    "1024-k-16": "1,024 latents",
+    "8192-k-45": "8,192 latents",
+    "plain": "plain crosscoder",
+}
 CHANGE = "change of exact calls, percentage points"
 INTERVAL = "95 % interval over prompts"
 PAGE = {  # for pictures shown 800 pixels wide
@@ -195,22 +201,24 @@ def draw_dose(plt, runs):
     n_rows = len(every[0]["greedy"]["exact"])
     decodings = [name for name in ("greedy", "sampled") if name in every[0]]
 
-    fig, axes = plt.subplots(1, len(decodings), sharey=True, squeeze=False, figsize=(9, 4.4))
+    fig, axes = plt.subplots(1, len(decodings), sharey=True, squeeze=False, figsize=(9, 4.8))
     for ax, decoding in zip(axes[0], decodings):
         for color, (kind, lines) in zip(COLORS, kinds.items()):
             draw_dots(ax, [line for line in lines if line["name"] == "latents"], decoding,
-                      ls="", marker="o", ms=4, color=color, label=kind.replace("-", " "))
+                      ls="", marker="o", ms=4, color=color, label=KINDS.get(kind, kind))
+
+        # without a dictionary
         curve = [every[0]] + [line for line in every if line["name"].startswith("u x")]
-        draw_dots(ax, curve, decoding, color=GREY, label="the same along u for all prompts")
-        for line in every:
-            if line["name"] in ("A - B", "needs - none"):
-                exact = 100 * np.mean(line[decoding]["exact"])
-                ax.text(line["along u"], exact, f"x {line['name']}")
+        draw_dots(ax, curve, decoding, color=GREY, label="a constant vector along u")
+        for name, marker in zip(("A - B", "needs - none"), "sD"):
+            draw_dots(ax, [line for line in every if line["name"] == name], decoding, ls="",
+                      marker=marker, ms=7, color="black", label=CONTROLS[name])
         ax.set(xlabel="length removed along u", title=f"{decoding} answers", ylim=(-4, 104))
     axes[0, 0].set_ylabel(f"exact calls left, % of {n_rows} test prompts")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=5,
-               title="Ablating A-exclusive latents acts by what it removes along one direction u.\n"
-                     "A dot is a dictionary with its first n latents; x: no dictionary.")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.suptitle("In tied dictionaries of every size, what counts is the length removed along one "
+                 "direction u.\nPlain crosscoders act elsewhere. (A dot: a dictionary with its "
+                 "first n latents ablated)")
     return fig
 
 

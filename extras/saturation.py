@@ -178,7 +178,6 @@ def saturate(run, scene, sizes):
         latents = order[:line["n"]] or every
         f_NS = report.f_NL[report.needs_N][:, latents]
         line["active"] = (f_NS > 0).sum(1).float().mean().item()
-        line["share"] = line["length"] / (lines[0]["length"] or 1)
     return lines
 
 
@@ -236,7 +235,7 @@ def two_way(exact_SN):
 
 def print_table(title, runs):
     """A line for each n of one kind of dictionary. runs: the lines of each dictionary."""
-    print(f"\n{title}\n{'':14s}seeds active share length along u   greedy      false  sampled     "
+    print(f"\n{title}\n{'':14s}seeds active length along u   greedy      false  sampled     "
           "false" + "".join(f"{name:>10s}" for name in CONTROLS))
     groups = {}
     for line in chain(*runs):
@@ -246,8 +245,7 @@ def print_table(title, runs):
         if name in CONTROLS:
             continue
         numbers = ""
-        for key, form in (("active", "7.1f"), ("share", "6.2f"), ("length", "7.1f"),
-                          ("along u", "8.1f")):
+        for key, form in (("active", "7.1f"), ("length", "7.1f"), ("along u", "8.1f")):
             numbers += format(np.mean([line.get(key, 0) for line in lines]), form)
 
         # exact calls left and false calls
