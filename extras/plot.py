@@ -44,7 +44,7 @@ CONTROLS = {
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B4513")
 KINDS = {  # folders of saturation.py --all
-    "preset": "512 latents (the preset)",
+    "preset": "the preset",
     "1024-k-16": "1,024 latents",
     "8192-k-45": "8,192 latents",
     "plain": "plain crosscoder",
@@ -216,9 +216,9 @@ def draw_dose(plt, runs):
         ax.set(xlabel="length removed along u", title=f"{decoding} answers", ylim=(-4, 104))
     axes[0, 0].set_ylabel(f"exact calls left, % of {n_rows} test prompts")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.suptitle("In tied dictionaries of every size, what counts is the length removed along one "
-                 "direction u.\nPlain crosscoders act elsewhere. (A dot: a dictionary with its "
-                 "first n latents ablated)")
+    fig.suptitle("The more is ablated along one direction u, the fewer calls are left. Plain "
+                 "crosscoders write\nless along it. (A dot: one dictionary with its first n "
+                 "latents ablated)")
     return fig
 
 
