@@ -35,7 +35,7 @@ class Finished(NamedTuple):
     metrics: dict  # what its metrics.json holds
 
 
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"  # colour-blind readers can tell them apart
+BLUE, RED = "#0072B2", "#D55E00"  # colour-blind readers can tell them apart
 CONTROLS = {
     "random": "random direction",
     "latents": "another latent",
@@ -44,13 +44,14 @@ CONTROLS = {
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B4513")
 KINDS = {  # folders of saturation.py --all
-    "preset": "the preset",
+    "preset": "our recipe (the preset)",
+    "as-published": "the paper's recipe",
+    "with-B-exclusive": "with B-exclusive latents",
     "1024-k-16": "1,024 latents",
     "8192-k-45": "8,192 latents",
     "plain": "plain crosscoder",
 }
 CHANGE = "change of exact calls, percentage points"
-INTERVAL = "95 % interval over prompts"
 PAGE = {  # for pictures shown 800 pixels wide
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -138,7 +139,7 @@ def draw_effect(plt, runs):
     fig.suptitle(
         f"Ablating {latents} takes A from {before:.0f} % to {before + ablated['effect']['pp']:.0f} "
         f"% exact calls.\n{run.folder.name}, {steering['rows']['needs']} test prompts that need a "
-        f"tool; bars: {INTERVAL};\nopen circles: vectors of the same length along other directions")
+        "tool; bars: 95 % intervals;\nopen circles: vectors of equal length in other directions")
 
     # axes
     left.axvline(0, color=".7", lw=1, zorder=0)
@@ -209,16 +210,16 @@ def draw_dose(plt, runs):
 
         # without a dictionary
         curve = [every[0]] + [line for line in every if line["name"].startswith("u x")]
-        draw_dots(ax, curve, decoding, color=GREY, label="a constant vector along u")
+        draw_dots(ax, curve, decoding, color="grey", label="a constant vector along u")
         for name, marker in zip(("A - B", "needs - none"), "sD"):
             draw_dots(ax, [line for line in every if line["name"] == name], decoding, ls="",
                       marker=marker, ms=7, color="black", label=CONTROLS[name])
         ax.set(xlabel="length removed along u", title=f"{decoding} answers", ylim=(-4, 104))
     axes[0, 0].set_ylabel(f"exact calls left, % of {n_rows} test prompts")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.suptitle("The more is ablated along one direction u, the fewer calls are left. Plain "
-                 "crosscoders write\nless along it. (A dot: one dictionary with its first n "
-                 "latents ablated)")
+    fig.suptitle("A-exclusive latents stop A as far as they remove one direction, u. Plain "
+                 "crosscoders and\ndifferences of means stop it in another way. (A dot: one "
+                 "dictionary with its first n latents ablated)")
     return fig
 
 
