@@ -16,8 +16,13 @@ def read_lines(file):
     return [json.loads(text) for text in file.read_text().splitlines()]
 
 
+def question(line):
+    return line["prompt"].split("<user>")[1].split("</user>")[0].strip()
+
+
 def main(folder):
     count = Counter()
+    examples = []
     for line in read_lines(Path(folder, "steer.jsonl")):
         said = line["its maximum added to B"]
         if parse_calls(line["gold"]).calls:
@@ -33,11 +38,16 @@ def main(folder):
                 count["- of the first tool in the list"] += 1
             if values == "{}":
                 count["- without any value"] += 1
+            examples.append(f"{question(line)}\n     {name} {values}")
     for what, n in count.items():
         print(f"{n:4d} {what}")
 
+    print("\nB, maximum added: every twelfth false call")
+    print("\n".join(examples[::12]))
+
+    print("\nB, no latent: all answers")
     for line in read_lines(Path(folder, "eval.jsonl")):
-        print("\n" + line["prompt"].split("<user>")[1].split("</user>")[0].strip())
+        print("\n" + question(line))
         print(line["answers"]["B"]["no latent"])
 
 

@@ -34,7 +34,12 @@ def test_the_numbers_are_right():
     found_PD = vector_by_labels(torch.stack([a_ND, b_ND], 1), needs_N, written_PD)
 
     wanted_PD = torch.tensor([[1.5811, -4.7434], [0, 0], [.6325, -1.8974]])
-    assert torch.allclose(found_PD, wanted_PD, atol=1e-3)
+    same_length = torch.allclose(found_PD.norm(dim=1), written_PD.norm(dim=1), atol=1e-3)
+    assert same_length, "at some prompt the length is not that of what the latent writes"
+    reversed_sign = torch.allclose(found_PD, -wanted_PD, atol=1e-3)
+    assert not reversed_sign, "the sign is wrong: tool needed minus not needed"
+    right = torch.allclose(found_PD, wanted_PD, atol=1e-3)
+    assert right, "the direction is wrong: it is the difference of two means of A's vectors"
 
 
 def main(folder, rows=20):

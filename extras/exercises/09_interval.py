@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # dfc.py lies two folders up
-from eval_toolcall import needs_tool, paired, score
+from eval_toolcall import needs_tool, score
 
 
 def interval(after, before, times=2000):
@@ -25,17 +25,20 @@ def interval(after, before, times=2000):
     return np.percentile(differences, [2.5, 97.5])
 
 
-def test_it_is_the_interval_of_paired_and_has_no_width_if_all_prompts_change_alike():
+def test_it_has_the_width_of_paired_differences_and_none_if_all_prompts_change_alike():
     rng = np.random.default_rng(0)
-    before = rng.random(400) < .6
-    after = before ^ (rng.random(400) < .1)  # one prompt of ten changes
+    before = (rng.random(400) < .6).astype(int)
+    after = before ^ (rng.random(400) < .2)  # one prompt of five changes
 
-    low, high = interval(after, before)
+    low, high = interval(after, before, times=10_000)
 
-    wanted = paired(after, before)
-    assert abs(low - wanted["lo"]) < 1
-    assert abs(high - wanted["hi"]) < 1
-    assert list(interval(before, before)) == [0, 0]
+    # with many prompts the interval is close to mean +- 1.96 standard errors
+    differences = 100 * (after - before)
+    width = 2 * 1.96 * differences.std() / len(differences) ** .5
+    assert high - low < width + .7, "too wide: do a prompt's two answers stay together?"
+    assert high - low > width - .7, "too narrow: it holds 95 % of the means, of pairs as they are"
+    assert abs((low + high) / 2 - differences.mean()) < .4, "not around the mean of after - before"
+    assert list(interval(before, before)) == [0, 0], "no prompt changes, but it has a width"
 
 
 def main(folder):
@@ -46,7 +49,7 @@ def main(folder):
             gold = {"output": line["gold"]}
             if needs_tool(gold):
                 for name, values in exact.items():
-                    values.append(score(line[name], gold)["exact"])
+                    values.append(int(score(line[name], gold)["exact"]))
         low, high = interval(exact[after], exact[before])
         print(f"{after} minus {before}: {low:+.1f} to {high:+.1f}")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # dfc.py lies two folders up
-from dfc import Crosscoder, hooked
+from dfc import Crosscoder, hooked, residual_stream, token_ids
 from eval_toolcall import open_run
 from steer import best_latents, control_directions, outcomes, rank_latents, read_prompts, written
 
@@ -33,28 +33,53 @@ def test_it_subtracts_what_they_write_if_nothing_competes_at_any_k():
     torch.manual_seed(0)
     latents = [1, 4, 5]
     cc = Crosscoder(6, 20, k=20, n_a=8).requires_grad_(False)  # k = L: nothing competes
-    cc.b_enc += torch.randn(20)
+    cc.b_enc += torch.rand(20)
     cc.mean += torch.randn(2, 6)
+    cc.b_dec += 1
     cc.scale += torch.rand(2, 6)
-    h_BTD = torch.randn(2, 5, 6)
-    edited_BTD = ablate_everywhere(cc, latents)(h_BTD)
+    h_BTD = 3 * torch.randn(2, 5, 6)
+    edited_BTD = ablate_everywhere(cc, latents)(h_BTD.clone())
 
-    # slowly: decode every token with and without the latents; B's vector does not matter
-    for h_D, edited_D in zip(h_BTD.flatten(0, 1), edited_BTD.flatten(0, 1)):
-        f_1L = cc.encode(torch.stack([h_D, torch.randn(6)])[None])
-        with_D = cc.decode(f_1L)[0, 0]
-        f_1L[:, latents] = 0
-        without_D = cc.decode(f_1L)[0, 0]
-        assert torch.allclose(h_D - edited_D, with_D - without_D, atol=1e-5)
+    # what they write: decode with and without them; B's vector does not matter
+    f_NL = cc.encode(torch.stack([h_BTD, torch.randn(2, 5, 6)], 2).flatten(0, 1))
+    without_NL = f_NL.clone()
+    without_NL[:, latents] = 0
+    written_BTD = (cc.decode(f_NL) - cc.decode(without_NL))[:, 0].view_as(h_BTD)
 
-    # the top k does not matter; a control is as long, in the precision of h
+    removed_BTD = h_BTD - edited_BTD
+    assert removed_BTD.abs().sum(-1).all(), "at some token nothing changes"
+    assert not torch.allclose(-removed_BTD, written_BTD, atol=1e-5), "the sign is wrong: subtract"
+    assert torch.allclose(removed_BTD, written_BTD, atol=1e-5), "this is not what they write"
+
     cc.k = 1
-    assert torch.equal(ablate_everywhere(cc, latents)(h_BTD), edited_BTD)
+    same = torch.equal(ablate_everywhere(cc, latents)(h_BTD.clone()), edited_BTD)
+    assert same, "the result should not depend on k"
+
     along_D = torch.eye(6)[2]
-    control_BTD = h_BTD - ablate_everywhere(cc, latents, along_D)(h_BTD)
-    assert torch.allclose(control_BTD[..., 2], (h_BTD - edited_BTD).norm(dim=-1), atol=1e-5)
-    assert torch.allclose(control_BTD.norm(dim=-1), control_BTD[..., 2], atol=1e-5)
-    assert ablate_everywhere(cc, latents)(h_BTD.bfloat16()).dtype == torch.bfloat16
+    control_BTD = h_BTD - ablate_everywhere(cc, latents, along_D)(h_BTD.clone())
+    length_BT = written_BTD.norm(dim=-1)
+    same = torch.allclose(control_BTD.norm(dim=-1), length_BT, atol=1e-5)
+    assert same, "the length of the control is not that of what they write together"
+    same = torch.allclose(control_BTD[..., 2], length_BT, atol=1e-5)
+    assert same, "the control is not subtracted along along_D"
+    dtype = ablate_everywhere(cc, latents)(h_BTD.bfloat16()).dtype
+    assert dtype == torch.bfloat16, "the result has not the precision of h"
+
+
+@torch.no_grad()
+def lengths(run, prompts, edit):
+    """What an edit subtracts in A at prompts that need a tool: its mean length at the last token,
+    and at all others, and the share of these others at which it is not zero."""
+    last = []
+    others = []
+    for text, needs in zip(prompts.texts, prompts.needs_N):
+        if needs:
+            ids_1T = torch.tensor(token_ids(run.tokenizer, [text]), device=run.cc.mean.device)
+            h_1TD = residual_stream(run.models["A"], ids_1T, run.settings.layer)
+            *before, at_last = (h_1TD - edit(h_1TD)).norm(dim=-1)[0].tolist()
+            last.append(at_last)
+            others.extend(before)
+    return np.mean(last), np.mean(others), np.mean(np.array(others) > 0)
 
 
 def main(folder, rows=20):
@@ -64,6 +89,10 @@ def main(folder, rows=20):
     ranking = rank_latents(run.cc, dev.f_NL, dev.needs_N)
     latents = best_latents(ranking, "A-exclusive")[:1]
     everywhere = ablate_everywhere(run.cc, latents)
+
+    last, others, active = lengths(run, test, everywhere)
+    print(f"mean length subtracted: {last:.2f} at the last token of a prompt, {others:.2f} at the "
+          f"others (not zero at {active:.0%})")
 
     def show(name, run, prompts, v_VND=None, edit=lambda h_BTD: h_BTD):
         with hooked(run.models["A"], run.settings.layer, edit):
@@ -83,6 +112,7 @@ def main(folder, rows=20):
     for u, along_D in enumerate(control_directions(run.cc, dev, latents)["random"]):
         show(f"random direction {u}", run, test, edit=ablate_everywhere(run.cc, latents, along_D))
     begun = replace(test, texts=[text + " A" for text in test.texts])
+    show("clean, answer begun", run, begun)
     show("ablated, answer begun", run, begun, edit=everywhere)
 
 
