@@ -1882,8 +1882,14 @@ def test_a_check_of_the_lesson_says_what_is_wrong_and_goes_on_with_the_library(c
     def written(cc, f_NL, latents):
         return f_NL[:, latents] @ cc.W_dec[latents, 0]
 
+    def encode(cc, x_BMD):
+        x_BMD -= cc.mean
+        return dfc.Crosscoder.encode(cc, x_BMD + cc.mean)
+
     assert lesson_checks.written(written) is steer.written
     assert "scale_A is missing" in capsys.readouterr().out
+    lesson_checks.encode(encode)
+    assert "it changes x_BMD" in capsys.readouterr().out
 
 
 def test_the_lesson_fetches_the_code_if_it_is_not_there(world, tmp_path, monkeypatch):
