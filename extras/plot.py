@@ -42,7 +42,7 @@ CONTROLS = {
     "A - B": "diff of means: A - B",
     "needs - none": "diff of means: tool needed - not",
 }
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B4513")
+COLORS = ("#56B4E9", "#002B5C", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#999999")
 KINDS = {  # folders of saturation.py --all
     "preset": "our recipe (the preset)",
     "as-published": "the paper's recipe",
@@ -194,9 +194,8 @@ def draw_grid(plt, runs):
 
 def draw_dose(plt, runs):
     """Exact calls left against what is removed along u: a dot for each dictionary and n."""
-    found = runs_with(runs, "saturation_test", "python extras/saturation.py --all")
     kinds = {}
-    for run in found:
+    for run in sorted(runs_with(runs, "saturation_test", "python extras/saturation.py --all")):
         every = list(read_rows(f"{run.folder}/saturation_test.jsonl", ()))
         kinds.setdefault(kind_of(run.folder), []).extend(every)
     n_rows = len(every[0]["greedy"]["exact"])
@@ -218,8 +217,8 @@ def draw_dose(plt, runs):
     axes[0, 0].set_ylabel(f"exact calls left, % of {n_rows} test prompts")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     fig.suptitle("A-exclusive latents stop A as far as they remove one direction, u. Plain "
-                 "crosscoders and\ndifferences of means stop it in another way. (A dot: one "
-                 "dictionary with its first n latents ablated)")
+                 "crosscoders act\nin another way. (A dot: one dictionary with its first n latents "
+                 "ablated)")
     return fig
 
 
