@@ -39,8 +39,8 @@ BLUE, RED = "#0072B2", "#D55E00"  # colour-blind readers can tell them apart
 CONTROLS = {
     "random": "random direction",
     "latents": "another latent",
-    "A - B": "diff of means: A - B",
-    "needs - none": "diff of means: tool needed - not",
+    "A - B": "mean of A - B",
+    "needs - none": "diff of means (tool needed - not)",
 }
 COLORS = ("#56B4E9", "#002B5C", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#999999")
 KINDS = {  # folders of saturation.py --all
