@@ -43,7 +43,7 @@ CONTROLS = {
     "needs - none": "diff of means (tool needed - not)",
 }
 COLORS = ("#56B4E9", "#002B5C", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#999999")
-KINDS = {  # folders of saturation.py --all
+LABELS = {  # of saturation.py's kinds, by their folders
     "preset": "our recipe (the preset)",
     "as-published": "the paper's recipe",
     "with-B-exclusive": "with B-exclusive latents",
@@ -205,7 +205,7 @@ def draw_dose(plt, runs):
     for ax, decoding in zip(axes[0], decodings):
         for color, (kind, lines) in zip(COLORS, kinds.items()):
             draw_dots(ax, [line for line in lines if line["name"] == "latents"], decoding,
-                      ls="", marker="o", ms=4, color=color, label=KINDS.get(kind, kind))
+                      ls="", marker="o", ms=4, color=color, label=LABELS.get(kind, kind))
 
         # without a dictionary
         curve = [every[0]] + [line for line in every if line["name"].startswith("u x")]

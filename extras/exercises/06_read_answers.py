@@ -3,17 +3,13 @@
     python extras/exercises/06_read_answers.py runs/tiny
 """
 
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # dfc.py lies two folders up
+from dfc import read_rows
 from eval_toolcall import parse_calls, tool_names
-
-
-def read_lines(file):
-    return [json.loads(text) for text in file.read_text().splitlines()]
 
 
 def question(line):
@@ -23,7 +19,7 @@ def question(line):
 def main(folder):
     count = Counter()
     examples = []
-    for line in read_lines(Path(folder, "steer.jsonl")):
+    for line in read_rows(f"{folder}/steer.jsonl", ()):
         said = line["its maximum added to B"]
         if parse_calls(line["gold"]).calls:
             count["prompts that need a tool"] += 1
@@ -46,7 +42,7 @@ def main(folder):
     print("\n".join(examples[::12]))
 
     print("\nB, no latent: all answers")
-    for line in read_lines(Path(folder, "eval.jsonl")):
+    for line in read_rows(f"{folder}/eval.jsonl", ()):
         print("\n" + question(line))
         print(line["answers"]["B"]["no latent"])
 

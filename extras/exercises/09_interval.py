@@ -4,13 +4,13 @@
     python extras/exercises/09_interval.py runs/tiny    # before and after: where does it matter?
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # dfc.py lies two folders up
+from dfc import read_rows
 from eval_toolcall import needs_tool, score
 
 
@@ -42,7 +42,7 @@ def test_it_has_the_width_of_paired_differences_and_none_if_all_prompts_change_a
 
 
 def main(folder):
-    lines = [json.loads(text) for text in Path(folder, "steer.jsonl").read_text().splitlines()]
+    lines = list(read_rows(f"{folder}/steer.jsonl", ()))
     for after, before in (("ablated in A", "clean A"), ("its maximum added to B", "clean A")):
         exact = {after: [], before: []}
         for line in lines:
