@@ -1448,9 +1448,20 @@ def test_sampled_results_stand_beside_the_greedy_ones(world, dev, metrics, monke
     assert [line["clean A"] for line in lines] == dev.texts
 
 
-def test_the_table_of_a_sweep_has_the_published_figures_beside_ours(world, metrics, capsys):
+def test_the_table_of_a_sweep_has_the_published_figures_beside_ours_and_raw_ones_if_there_are(
+        world, metrics, capsys):
     assert call(table, world.run) == 0
-    assert "+31.2 ± 9.7, +6.7 ± 4.9" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "+31.2 ± 9.7, +6.7 ± 4.9" in out
+    assert "raw A" not in out
+
+    # as of a run trained as published
+    metrics = copy.deepcopy(metrics)
+    into_a = metrics["evaluation"]["models"]["A"]
+    into_a["reconstruction, raw"] = into_a["no latent"]
+    run = table.run_of(world.run, metrics)
+    assert "raw A" in table.columns_of([run])
+    assert run["raw A"] == approx(into_a["no latent"]["change"]["pp"])
 
 
 def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_latent_fires(
