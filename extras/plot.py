@@ -40,17 +40,21 @@ CONTROLS = {
     "random": "random direction",
     "latents": "another latent",
     "A - B": "mean of A - B",
-    "needs - none": "diff of means (tool needed - not)",
+    "needs - none": "difference of means",
 }
 COLORS = ("#56B4E9", "#002B5C", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#999999")
+OURS = "our recipe, all sizes"
+OURS_BUT = "our recipe, but untied or with B-exclusive latents"
 LABELS = {  # of saturation.py's kinds, by their folders
-    "preset": "our recipe (the preset)",
+    "preset": OURS,
+    "1024-k-16": OURS,
+    "8192-k-45": OURS,
+    "untied": OURS_BUT,
+    "with-B-exclusive": OURS_BUT,
     "as-published": "the paper's recipe",
-    "with-B-exclusive": "with B-exclusive latents",
-    "1024-k-16": "1,024 latents",
-    "8192-k-45": "8,192 latents",
     "plain": "plain crosscoder",
 }
+MARKS = {OURS: ("o", BLUE), OURS_BUT: ("+", "grey"), "plain crosscoder": ("^", RED)}
 CHANGE = "change of exact calls, percentage points"
 PAGE = {  # for pictures shown 800 pixels wide
     "axes.titlesize": 10,
@@ -197,15 +201,17 @@ def draw_dose(plt, runs):
     kinds = {}
     for run in sorted(runs_with(runs, "saturation_test", "python extras/saturation.py --all")):
         every = list(read_rows(f"{run.folder}/saturation_test.jsonl", ()))
-        kinds.setdefault(kind_of(run.folder), []).extend(every)
+        kind = kind_of(run.folder)
+        kinds.setdefault(LABELS.get(kind, kind), []).extend(every)
     n_rows = len(every[0]["greedy"]["exact"])
     decodings = [name for name in ("greedy", "sampled") if name in every[0]]
 
     fig, axes = plt.subplots(1, len(decodings), sharey=True, squeeze=False, figsize=(9, 4.8))
     for ax, decoding in zip(axes[0], decodings):
-        for color, (kind, lines) in zip(COLORS, kinds.items()):
+        for kind, lines in kinds.items():
+            marker, color = MARKS.get(kind, ("x", "green"))
             draw_dots(ax, [line for line in lines if line["name"] == "latents"], decoding,
-                      ls="", marker="o", ms=4, color=color, label=LABELS.get(kind, kind))
+                      ls="", marker=marker, ms=6, mfc="none", color=color, label=kind)
 
         # without a dictionary
         curve = [every[0]] + [line for line in every if line["name"].startswith("u x")]
@@ -215,10 +221,9 @@ def draw_dose(plt, runs):
                       marker=marker, ms=7, color="black", label=CONTROLS[name])
         ax.set(xlabel="length removed along u", title=f"{decoding} answers", ylim=(-4, 104))
     axes[0, 0].set_ylabel(f"exact calls left, % of {n_rows} test prompts")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.suptitle("A-exclusive latents stop A as far as they remove one direction, u. Plain "
-                 "crosscoders act\nin another way. (A dot: one dictionary with its first n latents "
-                 "ablated)")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle("The more A-exclusive latents remove along one direction, u, the fewer calls are "
+                 "left.\n(A mark: one dictionary with its best n latents ablated)")
     return fig
 
 
