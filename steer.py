@@ -17,8 +17,8 @@ vectors of the same length on each prompt along other directions:
 
     random         10 random directions
     latents        the 20 other latents of the same partition that separate best
-    A - B          difference of means: A minus B, on prompts that need a tool
-    needs - none   difference of means of A: prompts that need a tool minus prompts that need none
+    A - B          the mean of A minus the mean of B, on prompts that need a tool
+    diff of means  the mean of A on prompts that need a tool minus that on prompts that need none
 
 The margin is the effect minus that of the strongest control, positive where the latents do more.
 Latents, alpha and c are chosen on dev prompts; what is printed is of test prompts. Note:
@@ -169,7 +169,7 @@ def control_directions(cc, dev, others):
     directions = {"random": torch.randn(10, a_ND.shape[1], generator=rng).to(a_ND)}
     directions["latents"] = cc.W_dec[others, 0] * cc.scale[0]
     directions["A - B"] = gap_ND.mean(0)[None]
-    directions["needs - none"] = difference_of_means(a_ND, dev.needs_N)[None]
+    directions["diff of means"] = difference_of_means(a_ND, dev.needs_N)[None]
     return {name: F.normalize(d_UD) for name, d_UD in directions.items() if len(d_UD)}
 
 

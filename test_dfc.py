@@ -1266,7 +1266,7 @@ def test_control_directions_are_random_other_latents_and_both_differences_of_mea
     a_D, b_D = dev.x_NMD[:4].mean(0)
     none_D = dev.x_NMD[4:, 0].mean(0)
     assert close(directions["A - B"], F.normalize(a_D - b_D, dim=0))
-    assert close(directions["needs - none"], F.normalize(a_D - none_D, dim=0))
+    assert close(directions["diff of means"], F.normalize(a_D - none_D, dim=0))
     assert close(directions["latents"], F.normalize(cc.W_dec[[3, 1], 0] * cc.scale[0]))
     random_UD = directions["random"]
     assert random_UD.norm(dim=1).tolist() == approx([1] * 10)
@@ -1714,7 +1714,7 @@ def test_grid_cells_add_what_they_say_and_are_not_answered_again(tmp_path, monke
         grid.Scaling(0., (3, 1)): -written_ND,
         grid.Scaling(4., (3, 1)): 3 * written_ND,
         grid.Scaling(.5, ("A - B",)): .5 * (a_D - b_D),
-        grid.Scaling(.2, ("needs - none",)): .2 * (a_D - dev.x_NMD[4:, 0].mean(0)),
+        grid.Scaling(.2, ("diff of means",)): .2 * (a_D - dev.x_NMD[4:, 0].mean(0)),
     }
     asked = []
 
@@ -1754,7 +1754,7 @@ def test_the_best_cells_and_factors_are_chosen_on_dev_and_reported_on_test(monke
     run = random_run()
     ranking = steer.rank_latents(run.cc, torch.rand(9, 32), torch.arange(9) < 4)
     lines = grid.list_cells(run.cc, ranking, [1], [4, 8])
-    result = grid.measure_grid(run, lines, ["A - B", "needs - none"], 9)
+    result = grid.measure_grid(run, lines, ["A - B", "diff of means"], 9)
 
     means = result["groups"]["A - B"][0]
     assert list(means["on_dev"]) == sorted(grid.FACTORS)
@@ -1778,7 +1778,7 @@ def test_a_baseline_sets_the_coordinates_that_it_names_and_no_others():
     for name, directions_DK, target_ND in (
             ("A - B", gap_ND.mean(0)[:, None], b_ND),
             ("2 components", torch.linalg.eigh(gap_ND.T @ gap_ND).eigenvectors[:, -2:], b_ND),
-            ("needs - none", (needs_D - none_D)[:, None], none_D),
+            ("diff of means", (needs_D - none_D)[:, None], none_D),
             ("u", u_D[:, None], b_ND),
             ("B's vector", torch.eye(16), b_ND)):
         P_DD = directions_DK @ torch.linalg.pinv(directions_DK)
@@ -1825,15 +1825,15 @@ def test_saturation_removes_what_latents_write_its_part_along_u_and_controls(mon
     every_ND, less_ND, *of_sizes = asked[2][1]
     assert close(every_ND, written(best))
     assert close(less_ND, written(d_L.lt(0).nonzero()[:, 0]))
-    for n, (own_ND, along_ND, rest_ND, *controls) in ((1, of_sizes[:5]), (3, of_sizes[5:])):
+    for n, (own_ND, along_ND, rest_ND, *controls) in ((1, of_sizes[:7]), (3, of_sizes[7:])):
         assert close(own_ND, written(best[:n]))
         assert close(along_ND, (own_ND @ u_D)[:, None] * u_D)
         assert close(rest_ND, own_ND - along_ND)
 
-        # as long, in a random direction and in that of n others, none of them silent
+        # as long, in other directions; the last is that of n latents, none of them silent
         for control_ND in controls:
             assert close(control_ND.norm(dim=1), own_ND.norm(dim=1))
-        drawn = controls[1].any(0).nonzero()[:, 0].tolist()
+        drawn = controls[-1].any(0).nonzero()[:, 0].tolist()
         assert len(drawn) == n
         assert not {0, *best[:n]} & {*drawn}
 
@@ -1877,7 +1877,7 @@ def test_the_lesson_shows_no_result_before_its_question(world):
 def test_blanks_of_the_lesson_are_checked_and_their_solutions_pass(world, capsys):
     cells = cells_of_the_lesson(world)
     blanks = [i for i, (_, tags, _) in enumerate(cells) if tags == ["blank"]]
-    assert len(blanks) == 3
+    assert len(blanks) == 6
 
     for i in blanks:
         here = {"lesson_checks": lesson_checks, "torch": torch}
@@ -1889,18 +1889,19 @@ def test_blanks_of_the_lesson_are_checked_and_their_solutions_pass(world, capsys
         assert "is right" in capsys.readouterr().out
 
 
-def test_a_check_of_the_lesson_says_what_is_wrong_and_goes_on_with_the_library(capsys):
-    def written(cc, f_NL, latents):
-        return f_NL[:, latents] @ cc.W_dec[latents, 0]
+def test_a_check_of_the_lesson_says_what_is_wrong_and_goes_on_without(capsys):
+    checks = lesson_checks
+    wrong = {
+        "it changes x_BMD": (checks.encode, lambda cc, x: x.zero_()),
+        "it divides by 0": (checks.cohens_d, lambda p, q: p.mean(0) / p.std(0)),
+        "it changes cc": (checks.written, lambda cc, f, latents: cc.W_dec.zero_()),
+        "scale_A is missing": (checks.written, lambda cc, f, s: f[:, s] @ cc.W_dec[s, 0]),
+        "the two are swapped": (checks.split_along, lambda v, u: checks.split(v, u)[::-1]),
+        "target (6,)": (checks.set_to, lambda a, b, d: checks.step_to(a, b[:, :], d))}
 
-    def encode(cc, x_BMD):
-        x_BMD -= cc.mean
-        return dfc.Crosscoder.encode(cc, x_BMD + cc.mean)
-
-    assert lesson_checks.written(written) is steer.written
-    assert "scale_A is missing" in capsys.readouterr().out
-    lesson_checks.encode(encode)
-    assert "it changes x_BMD" in capsys.readouterr().out
+    for problem, (check, mine) in wrong.items():
+        assert check(mine) is not mine
+        assert problem in capsys.readouterr().out
 
 
 def test_the_lesson_fetches_the_code_if_it_is_not_there(world, tmp_path, monkeypatch):

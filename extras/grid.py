@@ -90,7 +90,7 @@ def list_cells(cc, ranking, sizes, alphas):
     if not any(lines):
         raise ValueError("an empty grid: alpha 1 alone, or too few latents are larger where a tool "
                          "is needed")
-    for name in ("A - B", "needs - none"):
+    for name in ("A - B", "diff of means"):
         lines.append([Cell(name, Scaling(factor, (name,))) for factor in FACTORS])
     return lines
 
@@ -99,7 +99,7 @@ def differences_of_means(dev):
     """{name: (D,)}: A minus B where a tool is needed, and A there minus A elsewhere."""
     a_ND, b_ND = dev.x_NMD.unbind(1)
     gap_ND = (a_ND - b_ND)[dev.needs_N]
-    return {"A - B": gap_ND.mean(0), "needs - none": difference_of_means(a_ND, dev.needs_N)}
+    return {"A - B": gap_ND.mean(0), "diff of means": difference_of_means(a_ND, dev.needs_N)}
 
 
 def added(run, prompts, means, scaling):

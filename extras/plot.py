@@ -40,7 +40,7 @@ CONTROLS = {
     "random": "random direction",
     "latents": "another latent",
     "A - B": "mean of A - B",
-    "needs - none": "difference of means",
+    "diff of means": "difference of means",
 }
 COLORS = ("#56B4E9", "#002B5C", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#999999")
 OURS = "our recipe, all sizes"
@@ -54,7 +54,13 @@ LABELS = {  # of saturation.py's kinds, by their folders
     "as-published": "the paper's recipe",
     "plain": "plain crosscoder",
 }
-MARKS = {OURS: ("o", BLUE), OURS_BUT: ("+", "grey"), "plain crosscoder": ("^", RED)}
+OTHERS = {  # of its other lines
+    "A - B": "instead, as long: mean of A - B",
+    "diff of means": "instead, as long: difference of means",
+    "u": "instead: the same vector along u on every prompt",
+}
+MARKS = dict(zip([*OTHERS.values(), OURS, "plain crosscoder", OURS_BUT, "the paper's recipe"],
+                 zip(".|*o^+x", ("#E69F00", "#CC79A7", "black", BLUE, RED, "grey", "#009E73"))))
 CHANGE = "change of exact calls, percentage points"
 PAGE = {  # for pictures shown 800 pixels wide
     "axes.titlesize": 10,
@@ -197,40 +203,33 @@ def draw_grid(plt, runs):
 
 
 def draw_dose(plt, runs):
-    """Exact calls left against what is removed along u: a dot for each dictionary and n."""
-    kinds = {}
-    for run in sorted(runs_with(runs, "saturation_test", "python extras/saturation.py --all")):
-        every = list(read_rows(f"{run.folder}/saturation_test.jsonl", ()))
+    """Exact calls left against what is removed along u: a mark for each dictionary and n."""
+    groups = {name: [] for name in MARKS}
+    for run in runs_with(runs, "saturation_test", "python extras/saturation.py --all"):
         kind = kind_of(run.folder)
-        kinds.setdefault(LABELS.get(kind, kind), []).extend(every)
-    n_rows = len(every[0]["greedy"]["exact"])
-    decodings = [name for name in ("greedy", "sampled") if name in every[0]]
+        for line in read_rows(f"{run.folder}/saturation_test.jsonl", ()):
+            name = line["name"]
+            if name == "latents":
+                groups.setdefault(LABELS.get(kind, kind), []).append(line)
+            elif name.startswith("u x") or (line["n"] and name in OTHERS):
+                groups[OTHERS[name.split(" x")[0]]].append(line)
+    n_rows = len(line["greedy"]["exact"])
 
-    fig, axes = plt.subplots(1, len(decodings), sharey=True, squeeze=False, figsize=(9, 4.8))
-    for ax, decoding in zip(axes[0], decodings):
-        for kind, lines in kinds.items():
-            marker, color = MARKS.get(kind, ("x", "green"))
-            draw_dots(ax, [line for line in lines if line["name"] == "latents"], decoding,
-                      ls="", marker=marker, ms=6, mfc="none", color=color, label=kind)
-
-        # without a dictionary
-        curve = [every[0]] + [line for line in every if line["name"].startswith("u x")]
-        draw_dots(ax, curve, decoding, color="grey", label="a constant vector along u")
-        for name, marker in zip(("A - B", "needs - none"), "sD"):
-            draw_dots(ax, [line for line in every if line["name"] == name], decoding, ls="",
-                      marker=marker, ms=7, color="black", label=CONTROLS[name])
-        ax.set(xlabel="length removed along u", title=f"{decoding} answers", ylim=(-4, 104))
-    axes[0, 0].set_ylabel(f"exact calls left, % of {n_rows} test prompts")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    fig.suptitle("The more A-exclusive latents remove along one direction, u, the fewer calls are "
-                 "left.\n(A mark: one dictionary with its best n latents ablated)")
+    fig, ax = plt.subplots(figsize=(9, 4.8))
+    for name, lines in groups.items():
+        if not lines:
+            continue
+        marker, color = MARKS.get(name, ("s", "black"))
+        exact = [100 * np.mean(line["greedy"]["exact"]) for line in lines]
+        ax.plot(column(lines, "along u"), exact, ls="", marker=marker, ms=6, mfc="none",
+                color=color, label=name)
+    ax.set(xlabel="length removed along u (of each vector only its part along u)", ylim=(-4, 104),
+           ylabel=f"exact calls left, % of {n_rows} test prompts\nthat need a tool, greedy answers")
+    fig.legend(loc="outside lower center", ncols=2)
+    fig.suptitle("Latents of our recipe stop A's calls by what they remove along one direction, u."
+                 "\nPlain crosscoders and the difference of means act mostly off u.\n"
+                 "(A mark: one dictionary with its best n latents ablated)")
     return fig
-
-
-def draw_dots(ax, lines, decoding, **style):
-    """Lines of saturation.py: exact calls left against the length removed along u."""
-    exact = [100 * np.mean(line[decoding]["exact"]) for line in lines]
-    ax.plot(column(lines, "along u"), exact, **style)
 
 
 def draw_map(plt, runs):

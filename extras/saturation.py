@@ -13,15 +13,15 @@ or a dictionary defines the direction by which it is judged. (The default may be
     along u     the part of it along u
     all but u   the rest of it
     live        as long, along what n other latents of the partition, active on dev prompts, write
-    random      as long, along a random direction
+    random, A - B, diff of means    as long, along a direction of steer.control_directions()
     d < 0       what all latents of the partition write that are larger where no tool is needed
     all         what all latents of the partition write
 
 Baselines set A's coordinate along a direction to another value, without a dictionary (but for u):
 
-    A - B           difference of means, A minus B, where a tool is needed; set to B's value
+    A - B           the mean of A minus that of B, where a tool is needed; set to B's value
     2 components    the first two principal components of A - B there; set to B's values
-    needs - none    difference of A's means; set to the mean of prompts that need no tool
+    diff of means   A's mean where a tool is needed minus that elsewhere; set to the latter
     u               set to B's value
     B's vector      every coordinate is set to B's value
     u x 1           the mean of A - B along u, where a tool is needed, is subtracted everywhere
@@ -54,6 +54,7 @@ from eval_toolcall import at_least_one, open_run, save_result
 from steer import (
     Prompts,
     best_latents,
+    control_directions,
     difference_of_means,
     outcomes,
     rank_latents,
@@ -69,15 +70,15 @@ KINDS = {  # name: how dfc.py trains it
     "as published": "--recipe paper",
     "1,024, k 16": "--dict 1024 --k 16",
     "8,192, k 45": "--dict 8192 --k 45"}
-CONTROLS = ("along u", "all but u", "live", "random")  # greedy answers only
-DOSES = (.25, .5, .75, 1., 1.25, 1.5)                  # of "u x"
+CONTROLS = ("along u", "all but u", "live", "random", "A - B", "diff of means")  # greedy only
+DOSES = (.25, .4, .5, .6, .75, 1.)                                              # of "u x"
 N_BASELINES = 6 + len(DOSES)
 
 
 class Removal(NamedTuple):
     """What is subtracted from A's vectors."""
 
-    n: int              # how many latents; 0: of a partition, or without a dictionary
+    n: int              # how many latents; 0: a whole partition, or a baseline
     name: str           # as above
     v_ND: torch.Tensor  # for each prompt
 
@@ -131,7 +132,7 @@ def baselines(dev, report, u_D):
         "clean": 0 * a_ND,
         "A - B": set_to(b_ND, gap_D[None]),
         "2 components": set_to(b_ND, components_KD),
-        "needs - none": set_to(none_D, difference_of_means(dev_ND, dev.needs_N)[None]),
+        "diff of means": set_to(none_D, difference_of_means(dev_ND, dev.needs_N)[None]),
         "u": set_to(b_ND, u_D[None]),
         "B's vector": a_ND - b_ND,
     }
@@ -149,8 +150,6 @@ def saturate(run, scene, sizes):
                    for prompts in (scene.dev, scene.report))
     order, smaller, every = order_latents(cc, dev)
     live_L = (dev.f_NL > 0).any(0)
-    rng = torch.Generator().manual_seed(0)
-    random_D = torch.randn(len(u_D), generator=rng).to(u_D)
 
     removals = [Removal(0, "all", written(cc, report.f_NL, every)),
                 Removal(0, "d < 0", written(cc, report.f_NL, smaller))]
@@ -163,14 +162,14 @@ def saturate(run, scene, sizes):
         removals.append(Removal(n, "all but u", own_ND - along_ND))
 
         # as long, along other directions
-        directions = {"random": random_D}
+        directions = control_directions(cc, dev, [])
         others = [latent for latent in every if live_L[latent] and latent not in order[:n]]
         if others:
             drawn = np.random.default_rng(n).permutation(others)[:n].tolist()
-            directions["live"] = written(cc, dev.f_NL, drawn).mean(0)
+            directions["live"] = written(cc, dev.f_NL, drawn).mean(0, keepdim=True)
         length_N1 = own_ND.norm(dim=1, keepdim=True)
-        for name, direction_D in directions.items():
-            removals.append(Removal(n, name, length_N1 * F.normalize(direction_D, dim=0)))
+        for name, d_UD in directions.items():
+            removals.append(Removal(n, name, length_N1 * F.normalize(d_UD[0], dim=0)))
 
     # the answers; and how many of the first n are active on a prompt that needs a tool
     lines = measure(run, report, u_D, removals)
@@ -191,8 +190,8 @@ def measure(run, prompts, u_D, removals):
                       "along u": (needs_ND @ u_D).mean().item()})
 
     for decoding, samples in (("greedy", 0), ("sampled", run.samples)):
-        chosen = [i for i, removal in enumerate(removals)
-                  if decoding == "greedy" or (samples and removal.name not in CONTROLS)]
+        chosen = [i for i, (n, name, _) in enumerate(removals)
+                  if decoding == "greedy" or (samples and (n == 0 or name == "latents"))]
         if chosen:
             v_VND = torch.stack([-removals[i].v_ND for i in chosen])
             found = outcomes(replace(run, samples=samples), "A", prompts, v_VND)
@@ -236,13 +235,13 @@ def two_way(exact_SN):
 def print_table(title, runs):
     """A line for each n of one kind of dictionary. runs: the lines of each dictionary."""
     print(f"\n{title}\n{'':14s}seeds active length along u   greedy      false  sampled     "
-          "false" + "".join(f"{name:>10s}" for name in CONTROLS))
+          "false" + "".join(f"{name:>15s}" for name in CONTROLS))
     groups = {}
     for line in chain(*runs):
         groups.setdefault((line["n"], line["name"]), []).append(line)
 
     for (n, name), lines in groups.items():
-        if name in CONTROLS:
+        if n and name != "latents":
             continue
         numbers = ""
         for key, form in (("active", "7.1f"), ("length", "7.1f"), ("along u", "8.1f")):
@@ -259,7 +258,7 @@ def print_table(title, runs):
             numbers += f"   {cell:19s}"
         for control in CONTROLS:
             exact = [line["greedy"]["exact"] for line in groups.get((n, control), [])]
-            numbers += f"{100 * np.mean(exact):10.0f}" if exact else f"{'':10s}"
+            numbers += f"{100 * np.mean(exact):15.0f}" if exact else f"{'':15s}"
         print(f"{f'first {n}' if n else name:14s}{len(lines):5d}{numbers}")
 
 
