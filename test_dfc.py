@@ -1880,7 +1880,7 @@ def test_blanks_of_the_lesson_are_checked_and_their_solutions_pass(world, capsys
     assert len(blanks) == 6
 
     for i in blanks:
-        here = {"lesson_checks": lesson_checks, "torch": torch}
+        here = {"lesson_checks": lesson_checks, "torch": torch, "F": F}
         exec(cells[i][0], here)
         assert "it is still empty" in capsys.readouterr().out
         _, check = cells[i][0].rsplit("\n\n\n", 1)

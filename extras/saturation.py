@@ -258,7 +258,7 @@ def print_table(title, runs):
             numbers += f"   {cell:19s}"
         for control in CONTROLS:
             exact = [line["greedy"]["exact"] for line in groups.get((n, control), [])]
-            numbers += f"{100 * np.mean(exact):15.0f}" if exact else f"{'':15s}"
+            numbers += f"{100 * np.mean(exact):15.0f}" if n and exact else f"{'':15s}"
         print(f"{f'first {n}' if n else name:14s}{len(lines):5d}{numbers}")
 
 

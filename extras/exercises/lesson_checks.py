@@ -191,21 +191,28 @@ def written(mine):
     return compare(mine, steer.written, ((cc, f_NL, latents), mistakes))
 
 
-def difference_of_means(mine):
-    right = steer.difference_of_means
+def stretch(v_ND, direction):
+    return v_ND.norm(dim=1, keepdim=True) * F.normalize(direction, dim=-1)
+
+
+def as_long(mine):
     rng = torch.Generator().manual_seed(0)
     v_ND = torch.randn(9, 6, generator=rng)
-    needs_N = torch.arange(9) % 3 == 0
-    mistakes = {
-        "its sign is wrong: tool needed minus not needed": -right(v_ND, needs_N),
-        "these are sums, not means": v_ND[needs_N].sum(0) - v_ND[~needs_N].sum(0),
-        "it divides both sums by N, not each by the size of its group":
-            (v_ND[needs_N].sum(0) - v_ND[~needs_N].sum(0)) / len(v_ND),
-        "it subtracts the mean over all prompts": v_ND[needs_N].mean(0) - v_ND.mean(0),
-        "it lacks the mean where no tool is needed": v_ND[needs_N].mean(0),
-        "its length should not be 1": F.normalize(right(v_ND, needs_N), dim=0),
-    }
-    return compare(mine, right, ((v_ND, needs_N), mistakes))
+    cases = []
+    for direction in (3 * torch.randn(6, generator=rng), torch.randn(9, 6, generator=rng)):
+        length_N1 = v_ND.norm(dim=1, keepdim=True)
+        right_ND = stretch(v_ND, direction)
+        unit = F.normalize(direction, dim=-1)
+        mistakes = {
+            "direction has not the length 1: divide by its length": length_N1 * direction,
+            "its length should be that of v on each prompt, not 1": unit.expand_as(v_ND),
+            "all prompts get the same length": length_N1.mean() * unit.expand_as(v_ND),
+            "its sign is wrong": -right_ND,
+            "it is the part of v along the direction, not a vector as long as v":
+                (v_ND * unit).sum(1, keepdim=True) * unit,
+        }
+        cases.append(((v_ND, direction), mistakes))
+    return compare(mine, stretch, *cases)
 
 
 def split(v_ND, u_D):
