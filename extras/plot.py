@@ -223,7 +223,7 @@ def draw_dose(plt, runs):
         exact = [100 * np.mean(line["greedy"]["exact"]) for line in lines]
         ax.plot(column(lines, "along u"), exact, ls="", marker=marker, ms=6, mfc="none",
                 color=color, label=name)
-    ax.set(xlabel="length removed along u (of each vector only its part along u)", ylim=(-4, 104),
+    ax.set(xlabel="part along u of what is removed (all of it is removed)", ylim=(-4, 104),
            ylabel=f"exact calls left, % of {n_rows} test prompts\nthat need a tool, greedy answers")
     fig.legend(loc="outside lower center", ncols=2)
     fig.suptitle("Latents of our recipe stop A's calls by what they remove along one direction, u."

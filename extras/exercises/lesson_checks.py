@@ -180,6 +180,7 @@ def written(mine):
     unscaled = altered(cc, scale=1.)
     mistakes = {
         "scale_A is missing": steer.written(unscaled, f_NL, latents),
+        "it divides by scale_A: multiply": f_NL[:, latents] @ (cc.W_dec[latents, 0] / cc.scale[0]),
         "its sign is wrong: cells that ablate subtract it themselves": -right_ND,
         "it adds A's mean, which no latent writes": right_ND + cc.mean[0],
         "it adds b_dec, which no latent writes": right_ND + cc.b_dec[0] * cc.scale[0],
