@@ -227,7 +227,7 @@ def draw_dose(plt, runs):
            ylabel=f"exact calls left, % of {n_rows} test prompts\nthat need a tool, greedy answers")
     fig.legend(loc="outside lower center", ncols=2)
     fig.suptitle("Latents of our recipe stop A's calls by what they remove along one direction, u."
-                 "\nPlain crosscoders and the difference of means act otherwise.\n"
+                 "\nPlain crosscoders and the difference of means may act otherwise.\n"
                  "(A mark: one dictionary with its best n latents ablated)")
     return fig
 
