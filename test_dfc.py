@@ -1838,6 +1838,19 @@ def test_saturation_removes_what_latents_write_its_part_along_u_and_controls(mon
         assert not {0, *best[:n]} & {*drawn}
 
 
+def test_the_table_of_saturation_has_controls_beside_latents_and_not_beside_baselines(capsys):
+    def line(n, name, exact):
+        greedy = {"exact": exact, "false_calls": 7}
+        return {"n": n, "name": name, "length": 1, "along u": 1, "greedy": greedy}
+
+    saturation.print_table("", [[line(0, "A - B", [1, 1]), line(1, "latents", [0, 0]),
+                                 line(1, "A - B", hits)] for hits in ([1, 1], [0, 0])])
+
+    baseline, latents = capsys.readouterr().out.splitlines()[-2:]
+    assert baseline.split()[-3:] == ["[100,", "100]", "7"]
+    assert latents.split()[-4:] == ["[0,", "0]", "7", "50"]
+
+
 def test_an_interval_over_dictionaries_and_prompts_is_as_wide_as_either_makes_it():
     by_dictionary, by_prompt = np.zeros((2, 10, 40))
     by_dictionary[::2] = 1
