@@ -1903,17 +1903,18 @@ def test_blanks_of_the_lesson_are_checked_and_their_solutions_pass(world, capsys
 
 
 def test_a_check_of_the_lesson_says_what_is_wrong_and_goes_on_without(capsys):
-    checks = lesson_checks
+    c = lesson_checks
     wrong = {
-        "it changes x_BMD": (checks.encode, lambda cc, x: x.zero_()),
-        "it divides by 0": (checks.cohens_d, lambda p, q: p.mean(0) / p.std(0)),
-        "it changes cc": (checks.written, lambda cc, f, latents: cc.W_dec.zero_()),
-        "scale_A is missing": (checks.written, lambda cc, f, s: f[:, s] @ cc.W_dec[s, 0]),
-        "the two are swapped": (checks.split_along, lambda v, u: checks.split(v, u)[::-1]),
-        "target (6,)": (checks.set_to, lambda a, b, d: checks.step_to(a, b[:, :], d))}
+        "it changes x_BMD": (c.encode, dfc.Crosscoder.encode, lambda cc, x: x.zero_()),
+        "it divides by 0": (c.cohens_d, steer.cohens_d, lambda p, q: p.mean(0) / p.std(0)),
+        "it changes cc": (c.written, steer.written, lambda cc, f, latents: cc.W_dec.zero_()),
+        "scale_A is missing": (c.written, steer.written, lambda cc, f, s: f[:, s] @ cc.W_dec[s, 0]),
+        "its sign is wrong": (c.as_long, c.stretch, lambda v, d: c.stretch(v, -d)),
+        "the two are swapped": (c.split_along, c.split, lambda v, u: c.split(v, u)[::-1]),
+        "target (6,)": (c.set_to, c.step_to, lambda a, b, d: c.step_to(a, b[:, :], d))}
 
-    for problem, (check, mine) in wrong.items():
-        assert check(mine) is not mine
+    for problem, (check, right, mine) in wrong.items():
+        assert check(mine) is right
         assert problem in capsys.readouterr().out
 
 

@@ -59,8 +59,15 @@ OTHERS = {  # of its other lines
     "diff of means": "instead, as long: difference of means",
     "u": "instead: the same vector along u on every prompt",
 }
-MARKS = dict(zip([*OTHERS.values(), OURS, "plain crosscoder", OURS_BUT, "the paper's recipe"],
-                 zip(".|*o^+x", ("#E69F00", "#CC79A7", "black", BLUE, RED, "grey", "#009E73"))))
+MARKS = {  # marker and colour, in the order of drawing
+    OTHERS["A - B"]: (".", "#E69F00"),
+    OTHERS["diff of means"]: ("|", "#CC79A7"),
+    OTHERS["u"]: ("*", "black"),
+    OURS: ("o", BLUE),
+    "plain crosscoder": ("^", RED),
+    OURS_BUT: ("+", "grey"),
+    "the paper's recipe": ("x", "#009E73"),
+}
 CHANGE = "change of exact calls, percentage points"
 PAGE = {  # for pictures shown 800 pixels wide
     "axes.titlesize": 10,
@@ -186,7 +193,7 @@ def draw_grid(plt, runs):
             false_calls.append(np.mean(column(best, "false_calls")))
         for ax, values in zip(axes, (changes, false_calls)):
             if len(values) == 1:
-                ax.axhline(values[0], color=color, ls=":", label=f"diff of means, {group}")
+                ax.axhline(values[0], color=color, ls=":", label=CONTROLS.get(group, group))
             else:
                 ax.plot(list(cells), values, "o-", color=color, label=group)
 
@@ -211,8 +218,10 @@ def draw_dose(plt, runs):
             name = line["name"]
             if name == "latents":
                 groups.setdefault(LABELS.get(kind, kind), []).append(line)
-            elif name.startswith("u x") or (line["n"] and name in OTHERS):
-                groups[OTHERS[name.split(" x")[0]]].append(line)
+            elif name.startswith("u x"):
+                groups[OTHERS["u"]].append(line)
+            elif line["n"] and name in OTHERS:
+                groups[OTHERS[name]].append(line)
     n_rows = len(line["greedy"]["exact"])
 
     fig, ax = plt.subplots(figsize=(9, 4.8))

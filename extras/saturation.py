@@ -150,6 +150,7 @@ def saturate(run, scene, sizes):
                    for prompts in (scene.dev, scene.report))
     order, smaller, every = order_latents(cc, dev)
     live_L = (dev.f_NL > 0).any(0)
+    controls = control_directions(cc, dev, [])
 
     removals = [Removal(0, "all", written(cc, report.f_NL, every)),
                 Removal(0, "d < 0", written(cc, report.f_NL, smaller))]
@@ -162,7 +163,7 @@ def saturate(run, scene, sizes):
         removals.append(Removal(n, "all but u", own_ND - along_ND))
 
         # as long, along other directions
-        directions = control_directions(cc, dev, [])
+        directions = dict(controls)
         others = [latent for latent in every if live_L[latent] and latent not in order[:n]]
         if others:
             drawn = np.random.default_rng(n).permutation(others)[:n].tolist()
@@ -180,6 +181,11 @@ def saturate(run, scene, sizes):
     return lines
 
 
+def is_control(n, name):
+    """Does a removal stand beside what the first n write? A baseline (n = 0) may have its name."""
+    return n > 0 and name != "latents"
+
+
 def measure(run, prompts, u_D, removals):
     """For each removal {"n", "name", mean "length" and "along u" where a tool is needed, "greedy"
     and, if run.samples says how many, "sampled": {"exact", "false_calls"}}."""
@@ -191,7 +197,7 @@ def measure(run, prompts, u_D, removals):
 
     for decoding, samples in (("greedy", 0), ("sampled", run.samples)):
         chosen = [i for i, (n, name, _) in enumerate(removals)
-                  if decoding == "greedy" or (samples and (n == 0 or name == "latents"))]
+                  if decoding == "greedy" or (samples and not is_control(n, name))]
         if chosen:
             v_VND = torch.stack([-removals[i].v_ND for i in chosen])
             found = outcomes(replace(run, samples=samples), "A", prompts, v_VND)
@@ -241,7 +247,7 @@ def print_table(title, runs):
         groups.setdefault((line["n"], line["name"]), []).append(line)
 
     for (n, name), lines in groups.items():
-        if n and name != "latents":
+        if is_control(n, name):
             continue
         numbers = ""
         for key, form in (("active", "7.1f"), ("length", "7.1f"), ("along u", "8.1f")):

@@ -193,15 +193,16 @@ def written(mine):
 
 
 def stretch(v_ND, direction):
+    """What as_long has to return."""
     return v_ND.norm(dim=1, keepdim=True) * F.normalize(direction, dim=-1)
 
 
 def as_long(mine):
     rng = torch.Generator().manual_seed(0)
     v_ND = torch.randn(9, 6, generator=rng)
+    length_N1 = v_ND.norm(dim=1, keepdim=True)
     cases = []
     for direction in (3 * torch.randn(6, generator=rng), torch.randn(9, 6, generator=rng)):
-        length_N1 = v_ND.norm(dim=1, keepdim=True)
         right_ND = stretch(v_ND, direction)
         unit = F.normalize(direction, dim=-1)
         mistakes = {
