@@ -110,13 +110,6 @@ def added(run, prompts, means, scaling):
     return (alpha - 1) * written(run.cc, prompts.f_NL, list(latents))
 
 
-def read_lines(file):
-    """The lines of a grid.jsonl, also those of other weights or prompts."""
-    if not file.exists():
-        return []
-    return list(read_rows(str(file), ()))
-
-
 def answer(run, prompts, means, scalings, at_once=8):
     """{scaling: Outcome} of at least these scalings, without the answers' texts. Those that
     grid.jsonl holds are not done again; new ones are added to it, at_once scalings at a time."""
@@ -128,7 +121,9 @@ def answer(run, prompts, means, scalings, at_once=8):
 
     # what is there already
     found = {}
-    lines = read_lines(file)
+    lines = []  # also those of other weights or prompts
+    if file.exists():
+        lines += read_rows(str(file), ())
     for line in lines:
         if line["key"] == key:
             scaling = Scaling(line["alpha"], tuple(line["latents"]))
@@ -265,7 +260,8 @@ def main(argv=None):
         lines = list_cells(run.cc, ranking, args.sizes, args.alpha)
         grid = measure_grid(run, lines, differences_of_means(dev), args.rows)
         print_grid(grid, run.folder)
-        save_result(run.folder, "grid", grid, read_lines(run.folder / "grid.jsonl"), "grid.jsonl")
+        rows = list(read_rows(f"{run.folder}/grid.jsonl", ()))
+        save_result(run.folder, "grid", grid, rows, "grid.jsonl")
         grids.append(grid)
 
     print_layers(grids)

@@ -1,26 +1,26 @@
 """Four figures, drawn from what runs have saved (pip install matplotlib).
 
     python extras/plot.py                          # of the runs in runs/, into runs/: seconds
-    python extras/plot.py --run runs/mine --out figures
+    python extras/plot.py runs/mine --out figures
 
+    answer.png   what latents add to early A and remove from A, and what directions without a
+                 dictionary do (its runs: extras/RESULTS.md)
     effect.png   each change of steer.py beside its controls, and the false calls of both
-    grid.png     how many latents, how strong: the best alpha of each |S|, beside differences of
-                 means (paper, Figure 3)
     dose.png     exact calls left against what is ablated along one direction
-    map.png      decoder rows of the newest DFC and of the newest plain crosscoder (Figure 2)
+    norms.png    A's share of each decoder row's length: the newest DFC, the newest plain crosscoder
 
-effect.png is of --run, or if it has no such result of the newest run that has one. grid.png and
-dose.png are of all runs with the models, layer and prompts of the newest. A figure without results
-is left out, and the missing command is printed.
+effect.png is of the newest run with such a result. answer.png and dose.png are of all runs with the
+models, layer and prompts of the newest. A figure without results is left out, and the missing
+command is printed.
 """
 
 import argparse
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # dfc.py lies one folder up
 from saturation import kind_of
@@ -42,7 +42,15 @@ CONTROLS = {
     "A - B": "mean of A - B",
     "diff of means": "difference of means",
 }
-COLORS = ("#56B4E9", "#002B5C", "#CC79A7", "#D55E00", "#0072B2", "#009E73", "#999999")
+ANSWERS = {  # row of answer.png: what is added (kind, group of grid.py or "random"), and what is
+             # removed (kind, n, name in saturation.py)
+    "A-exclusive latents,\nour recipe": (("preset", "A-exclusive"), ("preset", 3, "latents")),
+    "A-exclusive latents,\nthe paper's recipe": (("as-published", "A-exclusive"),
+                                                 ("as-published", 0, "all")),
+    "A − B": (("preset", "A - B"), ("preset", 3, "A - B")),
+    "difference of means": (("preset", "diff of means"), ("preset", 3, "diff of means")),
+    "random directions": (("preset", "random"), ("preset", 3, "random")),
+}
 OURS = "our recipe, all sizes"
 OURS_BUT = "our recipe, but untied or with B-exclusive latents"
 LABELS = {  # of saturation.py's kinds, by their folders
@@ -82,16 +90,12 @@ PAGE = {  # for pictures shown 800 pixels wide
 
 
 # ---- 1. What runs have saved ---------------------------------------------------------------------
-def read_runs(folder, last=None):
-    """The finished runs anywhere in a folder, newest last; `last` comes after all others. Raises
-    ValueError if there is none."""
+def read_runs(folder):
+    """The finished runs anywhere in a folder, newest last. Raises ValueError if there is none."""
     files = sorted(folder.glob("**/metrics.json"), key=lambda file: file.stat().st_ctime)
-    folders = [file.parent.resolve() for file in files]
-    if last:
-        folders = [each for each in folders if each != last.resolve()] + [last]
-    if not folders:
+    if not files:
         raise ValueError(f"no finished run in {folder}: python dfc.py")
-    return [Finished(each, read_metrics(each)) for each in folders]
+    return [Finished(file.parent.resolve(), read_metrics(file.parent)) for file in files]
 
 
 def runs_with(runs, key, command):
@@ -147,16 +151,10 @@ def draw_effect(plt, runs):
                 ax.plot(column(found, key), [y] * len(found), "o", color=RED, mfc="none")
         y += 1.7
 
-    # the title says what ablating does
-    partition = steering["ranking"][0]["partition"]
-    n = len(steering["latents"])
-    latents = f"one {partition} latent" if n == 1 else f"{n} {partition} latents"
-    ablated = changes["ablated in A"]
-    before = ablated["clean"]["exact"]
     fig.suptitle(
-        f"Ablating {latents} takes A from {before:.0f} % to {before + ablated['effect']['pp']:.0f} "
-        f"% exact calls.\n{run.folder.name}, {steering['rows']['needs']} test prompts that need a "
-        "tool; bars: 95 % intervals;\nopen circles: vectors of equal length in other directions")
+        "What changing latents does, beside vectors as long in other directions (open circles).\n"
+        f"{run.folder.name}, {steering['rows']['needs']} test prompts that need a tool; bars: 95 % "
+        "intervals")
 
     # axes
     left.axvline(0, color=".7", lw=1, zorder=0)
@@ -173,39 +171,46 @@ def draw_effect(plt, runs):
     return fig
 
 
-def draw_grid(plt, runs):
-    """The best alpha of each |S|, on test, a line for each group; and the false calls. Differences
-    of means stand beside them."""
-    groups = {}  # {group: {|S|: the best cell of each dictionary}}
+def draw_answer(plt, runs):
+    """Exact calls with a vector added to early A, and with one subtracted from A: a circle for each
+    dictionary or random direction, and a bar from clean to their mean."""
+    # added: grid.py's strength, chosen on dev; random directions are as long as steer.py's vector
+    added = defaultdict(list)
     for run in runs_with(runs, "grid", "python extras/grid.py"):
-        for group, lines in run.metrics["grid"]["groups"].items():
-            for line in lines:
-                best = line["best"]
-                groups.setdefault(group, {}).setdefault(best["size"], []).append(best)
-    rows = run.metrics["grid"]["rows"]["test"]
+        kind = kind_of(run.folder)
+        grid = run.metrics["grid"]
+        early = grid["clean"]["exact"]
+        for group, lines in grid["groups"].items():
+            added[kind, group].append(early + lines[0]["best"]["test"]["pp"])
+        steering = run.metrics.get("steering", {"changes": {}})
+        for name, result in steering["changes"].items():
+            if name.startswith("scaled"):
+                pp = column(result["controls"]["random"], "pp")
+                added[kind, "random"].extend(early + np.array(pp))
 
-    fig, axes = plt.subplots(1, 2, figsize=(9, 4))
-    for color, (group, cells) in zip(COLORS, groups.items()):
-        changes = []
-        false_calls = []
-        for best in cells.values():
-            changes.append(np.mean(column(column(best, "test"), "pp")))
-            false_calls.append(np.mean(column(best, "false_calls")))
-        for ax, values in zip(axes, (changes, false_calls)):
-            if len(values) == 1:
-                ax.axhline(values[0], color=color, ls=":", label=CONTROLS.get(group, group))
-            else:
-                ax.plot(list(cells), values, "o-", color=color, label=group)
+    # subtracted
+    subtracted = defaultdict(list)
+    for run in runs_with(runs, "saturation_test", "python extras/saturation.py --all"):
+        for line in read_rows(f"{run.folder}/saturation_test.jsonl", ()):
+            exact = 100 * np.mean(line["greedy"]["exact"])
+            subtracted[kind_of(run.folder), line["n"], line["name"]].append(exact)
+    late = subtracted["preset", 0, "clean"][0]
 
-    for ax in axes:
-        ax.set(xlabel="latents scaled up together, |S|", xscale="log")
-        ax.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
-        ax.minorticks_off()
-    axes[0].set_ylabel(f"{CHANGE}\n({rows} test prompts that need a tool)")
-    axes[1].set(ylabel="false calls, % of other prompts", ylim=(-4, 104))
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.suptitle("Scaled up, A-exclusive latents add calls, shared ones do not. A difference of\n"
-                 "means adds as many. (alpha chosen on dev prompts; mean over dictionaries)")
+    fig, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 3.6))
+    for ax, side, found, clean in zip(axes, (0, 1), (added, subtracted), (early, late)):
+        for y, whats in enumerate(ANSWERS.values()):
+            exact = found[whats[side]]
+            color = BLUE if y < 2 else RED
+            ax.plot(exact, y + np.linspace(-.25, .25, len(exact)), "o", mfc="none", color=color)
+            ax.barh(y, np.mean(exact) - clean, left=clean, color=color, alpha=.3)
+        ax.axvline(clean, color="grey", ls=":")
+        ax.set(xlim=(-4, 104), ylim=(4.6, -.6), xlabel="exact calls, % of prompts")
+    axes[0].set_yticks(range(len(ANSWERS)), ANSWERS)
+    axes[0].set_title("one latent scaled up in early A,\nor another vector added")
+    axes[1].set_title("three latents ablated in A (the paper's recipe: all),\n"
+                      "or another vector subtracted")
+    fig.suptitle("Latents of our recipe add calls and stop them. So do vectors that need no "
+                 "dictionary.")
     return fig
 
 
@@ -241,31 +246,25 @@ def draw_dose(plt, runs):
     return fig
 
 
-def draw_map(plt, runs):
-    """The decoder rows of two dictionaries, projected onto two principal components, and how much
-    of each row's length is A's."""
-    fig, axes = plt.subplots(2, 2, figsize=(9, 7))
-    for (left, right), plain in zip(axes, (False, True)):
+def draw_norms(plt, runs):
+    """A's share of the length of each decoder row, in two dictionaries. (The paper's Figure 2
+    colours a map of the rows by it.)"""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8))
+    for ax, plain in zip(axes, (False, True)):
         chosen = [run for run in runs if plain == (run.metrics["config"]["excl"] == 0)]
         if not chosen:
             raise ValueError("a DFC and a plain crosscoder: python dfc.py; python dfc.py --excl 0")
-        cc = load(chosen[-1].folder)
-        norm_LM = cc.W_dec.norm(dim=2)
-        share_L = norm_LM[:, 0] / norm_LM.sum(1)
-        row_LE = cc.W_dec.flatten(1) - cc.W_dec.flatten(1).mean(0)
-        xy_L2 = row_LE @ torch.pca_lowrank(row_LE, 2, center=False)[2]
-
-        dots = left.scatter(*xy_L2.T, c=share_L, cmap="coolwarm", vmin=0, vmax=1)
-        fig.colorbar(dots, ax=left, label="A's share of the row")
-        left.set(title=chosen[-1].folder.name)
-        right.hist(share_L, bins=np.linspace(0, 1, 41), color=BLUE)
-        right.set(xlabel="A's share of the row's length", ylabel="latents", yscale="log")
-    fig.suptitle("Decoder rows of both models side by side (paper, Figure 2, there as a UMAP)")
+        norm_LM = load(chosen[-1].folder).W_dec.norm(dim=2)
+        ax.hist(norm_LM[:, 0] / norm_LM.sum(1), bins=np.linspace(0, 1, 41), color=BLUE)
+        ax.set(title=chosen[-1].folder.name, xlabel="A's share of a decoder row's length",
+               ylabel="latents", yscale="log")
+    fig.suptitle("Some rows of a DFC are A's alone (1) or B's alone (0), by construction.\n"
+                 "Those of a plain crosscoder are what training made of them.")
     return fig
 
 
 # ---- 4. The program ------------------------------------------------------------------------------
-FIGURES = {"effect": draw_effect, "grid": draw_grid, "dose": draw_dose, "map": draw_map}
+FIGURES = {"answer": draw_answer, "effect": draw_effect, "dose": draw_dose, "norms": draw_norms}
 
 
 def pyplot():
@@ -282,12 +281,11 @@ def pyplot():
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("folder", nargs="?", type=Path, default="runs", help="holds runs (runs/)")
-    p.add_argument("--run", type=Path, help="of effect and grid (default: the newest)")
     p.add_argument("--out", type=Path, help="folder of the pictures (default: that of the runs)")
     args = p.parse_args(argv)
 
     plt = pyplot()
-    runs = read_runs(args.folder, args.run)
+    runs = read_runs(args.folder)
     for name, draw in FIGURES.items():
         file = (args.out or args.folder) / f"{name}.png"
         try:
