@@ -342,25 +342,28 @@ def own_prompt(run, text):
 
 @torch.no_grad()
 def steer_own_words(run, latents, text, alphas):
-    """Print A's answers to one prompt, clean and with the latents scaled by each alpha. Then print
-    the tokens of the clean one, prompt and answer, at which the latents are active."""
+    """Print answers to one prompt: A's, clean and with the latents scaled by each alpha; B's, clean
+    and with what they write into A added twice. Then print the tokens of A's clean one, prompt and
+    answer, at which the latents are active."""
     s = run.settings
     prompt = own_prompt(run, text)
     n_prompt = len(token_ids(run.tokenizer, prompt))
     if n_prompt > run.longest_prompt:
         raise ValueError(f"the prompt has {n_prompt} tokens: {run.longest_prompt} at most")
-    alphas = [1., *alphas]
     x_1MD = run.vectors([prompt])
     written_1D = written(run.cc, run.cc.encode(x_1MD), latents)
-    added = {f"alpha = {alpha:g}": (alpha - 1) * written_1D for alpha in alphas}
-    added["A's vector replaced by its reconstruction"] = (run.cc(x_1MD)[0] - x_1MD)[:, 0]
-    v_VND = torch.stack(list(added.values()))
-    said = generate(run.models["A"], run.tokenizer, [prompt], s.max_new, s.layer, v_VND)
-    for name, (answer,) in zip(added, said):
+    factors = {f"A, alpha = {alpha:g}": alpha - 1 for alpha in (1., *alphas)}
+    factors.update({"B": 0., "B, twice what the latents write into A added": 2.})
+    answers = []
+    for name, factor in factors.items():
+        model = run.models[name[0]]
+        added_VND = factor * written_1D[None]
+        (answer,), = generate(model, run.tokenizer, [prompt], s.max_new, s.layer, added_VND)
         print(f"\n--- {name}\n{answer}")
+        answers.append(answer)
 
     # read the clean answer again, token by token (its tokens may differ from those generated)
-    clean = prompt + said[0][0].removeprefix(answer_prefix(prompt)).removesuffix(" [cut]")
+    clean = prompt + answers[0].removeprefix(answer_prefix(prompt)).removesuffix(" [cut]")
     ids_1T = torch.tensor(token_ids(run.tokenizer, [clean]), device=written_1D.device)
     x_MTD = [residual_stream(model, ids_1T, s.layer)[0] for model in run.models.values()]
     f_TL = run.cc.encode(torch.stack(x_MTD, 1))
@@ -382,7 +385,7 @@ def parse_args(argv=None):
     p.add_argument("--samples", type=at_least_one, default=0, help="score this many answers a "
                    "prompt, sampled at temperature 1 (default: one greedy answer)")
     p.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one)")
-    p.add_argument("--prompt", help="steer A's answer to these words of a user: print the texts, "
+    p.add_argument("--prompt", help="steer answers to these words of a user: print the texts, "
                    "and at which tokens the latents are active")
     p.add_argument("--alpha", nargs="+", type=float, help="strengths for --prompt (0: ablated)")
     args = p.parse_args(argv)

@@ -4,7 +4,7 @@
     python extras/plot.py runs/mine --out figures
 
     answer.png   what latents add to early A and remove from A, and what directions without a
-                 dictionary do (its runs: extras/RESULTS.md)
+                 dictionary do (its runs: extras/MORE_RESULTS.md)
     effect.png   each change of steer.py beside its controls, and the false calls of both
     dose.png     exact calls left against what is ablated along one direction
     norms.png    A's share of each decoder row's length: the newest DFC, the newest plain crosscoder
