@@ -26,7 +26,7 @@ residual width, L latents, k active latents, T tokens, E = M D.
     python dfc.py                          # the toy pair in tiny/: half a minute on an idle laptop
     python dfc.py --dict 8192 --k 45       # as many latents as the paper's smaller dictionaries
     python dfc.py --excl 0                 # the plain crosscoder
-    python dfc.py --recipe paper           # trained as published; --preset paper: its models
+    python dfc.py --recipe paper           # trained as published; --preset qwen: its models
     python dfc.py --preset smol            # a real language model, made by extras/smol.py
     bash run_sweep.sh                      # the paper's 48 settings, scaled to the toy pair
 """
@@ -542,7 +542,7 @@ class Settings:
     """All that a run depends on, with the values of the toy pair. Each is an option of dfc.py
     (n_texts is --n-texts) and is saved in the run's metrics.json."""
 
-    preset: str = "tiny"    # which models, texts and sizes: tiny, smol or paper
+    preset: str = "tiny"    # which models, texts and sizes: tiny, smol or qwen
     recipe: str = "dfc"     # how to train: as here (dfc) or as published (paper)
     out: str = ""           # run folder; by default runs/ and what is given
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or cuda:1, mps
@@ -588,10 +588,10 @@ PRESETS = {  # the options that each stands for
     "smol": "--model-a runs/smollm2/toolrl --model-b runs/smollm2/base --n-texts 6000 "
             "--plain-texts runs/smollm2/plain.jsonl --layer 28 --longest 2048 --dict 1024 --k 16 "
             "--text-seed 0",
-    "paper": "--model-a chengq9/ToolRL-Qwen2.5-3B --model-b Qwen/Qwen2.5-3B --n-texts 40000 "
-             "--tool-texts emrecanacikgoz/ToolRL --plain-texts HuggingFaceFW/fineweb:sample-10BT "
-             "--layer 13 --longest 4096 --max-new 512 --dict 8192 --k 45 --steps 9000 --batch 1024 "
-             "--lr 1e-4"}
+    "qwen": "--model-a chengq9/ToolRL-Qwen2.5-3B --model-b Qwen/Qwen2.5-3B --n-texts 40000 "
+            "--tool-texts emrecanacikgoz/ToolRL --plain-texts HuggingFaceFW/fineweb:sample-10BT "
+            "--layer 13 --longest 4096 --max-new 512 --dict 8192 --k 45 --steps 9000 --batch 1024 "
+            "--lr 1e-4"}
 RECIPES = {
     "dfc": "",
     "paper": "--excl-b -1 --no-tie-shared --no-fair-start --by-coordinate --l1-mean --revive 0 "

@@ -4,7 +4,7 @@
 # trained, on activations collected once a seed, then evaluated, then put into one table.
 #
 #   bash run_sweep.sh                       the same grid scaled to the toy pair, 2 CPU cores
-#   PRESET=paper bash run_sweep.sh          the paper's sizes on the paper's models (a GPU)
+#   PRESET=qwen bash run_sweep.sh           the paper's sizes on the paper's models (a GPU)
 #   SEEDS="0 1 2" bash run_sweep.sh         with seed noise: an effect means something beside it
 #   OUT=runs/published bash run_sweep.sh --recipe paper     what follows goes to every dfc.py
 #
@@ -36,8 +36,8 @@ PRESET=${PRESET:-tiny} SEEDS=${SEEDS:-0} ROWS=${ROWS:-50}
 OUT=${OUT:-runs/sweep-$PRESET}
 case $PRESET in
   tiny)  DICTS=${DICTS:-"512 1024"}   KS=${KS:-"4 8 16"} ;;
-  paper) DICTS=${DICTS:-"8192 16384"} KS=${KS:-"45 90 160"} ;;
-  *) echo "run_sweep.sh: no sweep for PRESET=$PRESET: tiny or paper" >&2; exit 2 ;;
+  qwen)  DICTS=${DICTS:-"8192 16384"} KS=${KS:-"45 90 160"} ;;
+  *) echo "run_sweep.sh: no sweep for PRESET=$PRESET: tiny or qwen" >&2; exit 2 ;;
 esac
 
 runs=() mine=()

@@ -597,7 +597,7 @@ ASKED = """
 --recipe paper                                51 51 False 0.001 -1
 --recipe paper --excl 0                       0 0 False 0.001 -1
 --recipe paper --tie-shared --l1-shared 0     51 51 True 0.0 -1
---recipe paper --preset paper                 819 819 False 0.001 -1
+--recipe paper --preset qwen                  819 819 False 0.001 -1
 --preset smol                                 102 0 True 2e-05 0
 """  # n_a, n_b, tied, l1_shared, text_seed
 

@@ -1,7 +1,7 @@
 """OpenAI-style rows, `messages` and `tools`, as the rows that dfc.py reads.
 
     python extras/convert.py chats.jsonl rows.jsonl
-    python dfc.py --preset paper --tool-texts rows.jsonl
+    python dfc.py --preset qwen --tool-texts rows.jsonl
 
 The last message of a row is the assistant's and becomes `output`: its tool calls, or its text. The
 messages before it become `input`, the system message and the tools `instruction`.

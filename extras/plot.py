@@ -51,30 +51,14 @@ ANSWERS = {  # row of answer.png: what is added (kind, group of grid.py or "rand
     "difference of means": (("preset", "diff of means"), ("preset", 3, "diff of means")),
     "random directions": (("preset", "random"), ("preset", 3, "random")),
 }
-OURS = "our recipe, all sizes"
-OURS_BUT = "our recipe, but untied or with B-exclusive latents"
-LABELS = {  # of saturation.py's kinds, by their folders
-    "preset": OURS,
-    "1024-k-16": OURS,
-    "8192-k-45": OURS,
-    "untied": OURS_BUT,
-    "with-B-exclusive": OURS_BUT,
-    "as-published": "the paper's recipe",
-    "plain": "plain crosscoder",
-}
-OTHERS = {  # of its other lines
-    "A - B": "instead, as long: mean of A - B",
-    "diff of means": "instead, as long: difference of means",
-    "u": "instead: the same vector along u on every prompt",
-}
-MARKS = {  # marker and colour, in the order of drawing
-    OTHERS["A - B"]: (".", "#E69F00"),
-    OTHERS["diff of means"]: ("|", "#CC79A7"),
-    OTHERS["u"]: ("*", "black"),
-    OURS: ("o", BLUE),
-    "plain crosscoder": ("^", RED),
-    OURS_BUT: ("+", "grey"),
-    "the paper's recipe": ("x", "#009E73"),
+OURS = "our recipe: best n latents"
+DOSES = {  # label, marker and colour of dose.png, for saturation.py's names and kinds
+    "A - B": ("instead: A − B", ".", "#E69F00"),
+    "diff of means": ("instead: difference of means", "|", "#CC79A7"),
+    "preset": (OURS, "o", BLUE),
+    "1024-k-16": (OURS, "o", BLUE),
+    "8192-k-45": (OURS, "o", BLUE),
+    "plain": ("plain crosscoder: best n latents", "^", RED),
 }
 CHANGE = "change of exact calls, percentage points"
 PAGE = {  # for pictures shown 800 pixels wide
@@ -209,40 +193,31 @@ def draw_answer(plt, runs):
     axes[0].set_title("one latent scaled up in early A,\nor another vector added")
     axes[1].set_title("three latents ablated in A (the paper's recipe: all),\n"
                       "or another vector subtracted")
-    fig.suptitle("Latents of our recipe add calls and stop them. So do vectors that need no "
-                 "dictionary.")
+    fig.suptitle("Latents of our recipe add calls and stop them. So does a difference of means.")
     return fig
 
 
 def draw_dose(plt, runs):
     """Exact calls left against what is removed along u: a mark for each dictionary and n."""
-    groups = {name: [] for name in MARKS}
+    marks = {style: [] for style in DOSES.values()}
     for run in runs_with(runs, "saturation_test", "python extras/saturation.py --all"):
         kind = kind_of(run.folder)
         for line in read_rows(f"{run.folder}/saturation_test.jsonl", ()):
-            name = line["name"]
-            if name == "latents":
-                groups.setdefault(LABELS.get(kind, kind), []).append(line)
-            elif name.startswith("u x"):
-                groups[OTHERS["u"]].append(line)
-            elif line["n"] and name in OTHERS:
-                groups[OTHERS[name]].append(line)
+            name = kind if line["name"] == "latents" else line["name"]
+            if line["n"] and name in DOSES:
+                marks[DOSES[name]].append(line)
     n_rows = len(line["greedy"]["exact"])
 
     fig, ax = plt.subplots(figsize=(9, 4.8))
-    for name, lines in groups.items():
-        if not lines:
-            continue
-        marker, color = MARKS.get(name, ("s", "black"))
+    for (label, marker, color), lines in marks.items():
         exact = [100 * np.mean(line["greedy"]["exact"]) for line in lines]
         ax.plot(column(lines, "along u"), exact, ls="", marker=marker, ms=6, mfc="none",
-                color=color, label=name)
-    ax.set(xlabel="part along u of what is removed (all of it is removed)", ylim=(-4, 104),
+                color=color, label=label)
+    ax.set(xlabel="part along u of the vector that is subtracted", ylim=(-4, 104),
            ylabel=f"exact calls left, % of {n_rows} test prompts\nthat need a tool, greedy answers")
     fig.legend(loc="outside lower center", ncols=2)
-    fig.suptitle("Latents of our recipe stop A's calls by what they remove along one direction, u."
-                 "\nPlain crosscoders and the difference of means may act otherwise.\n"
-                 "(A mark: one dictionary with its best n latents ablated)")
+    fig.suptitle("Latents of our recipe stop A's calls by how much they write along one direction, "
+                 "u.\nOther vectors do not follow the same curve.")
     return fig
 
 

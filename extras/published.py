@@ -85,7 +85,7 @@ def collect_tool_texts(s):
 def main(argv=None):
     p = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     p.add_argument("name", help="a crosscoder of the authors: folder or hub name")
-    p.add_argument("--preset", default="paper", help="whose models and texts: paper or tiny")
+    p.add_argument("--preset", default="qwen", help="whose models and texts: qwen or tiny")
     p.add_argument("--out", help="run folder (default: runs/ and the name)")
     args = p.parse_args(argv)
     with dfc.errors_about(args.name):
