@@ -47,18 +47,16 @@ ANSWERS = {  # row of answer.png: what is added (kind, group of grid.py or "rand
     "A-exclusive latents,\nour recipe": (("preset", "A-exclusive"), ("preset", 3, "latents")),
     "A-exclusive latents,\nthe paper's recipe": (("as-published", "A-exclusive"),
                                                  ("as-published", 0, "all")),
-    "A − B": (("preset", "A - B"), ("preset", 3, "A - B")),
     "difference of means": (("preset", "diff of means"), ("preset", 3, "diff of means")),
     "random directions": (("preset", "random"), ("preset", 3, "random")),
 }
-OURS = "our recipe: best n latents"
 DOSES = {  # label, marker and colour of dose.png, for saturation.py's names and kinds
     "A - B": ("instead: A − B", ".", "#E69F00"),
-    "diff of means": ("instead: difference of means", "|", "#CC79A7"),
-    "preset": (OURS, "o", BLUE),
-    "1024-k-16": (OURS, "o", BLUE),
-    "8192-k-45": (OURS, "o", BLUE),
-    "plain": ("plain crosscoder: best n latents", "^", RED),
+    "diff of means": ("instead: difference of means", "|", RED),
+    "preset": ("our recipe: best n latents", "o", BLUE),
+    "1024-k-16": ("with 1,024 latents", "s", BLUE),
+    "8192-k-45": ("with 8,192 latents", "D", BLUE),
+    "plain": ("plain crosscoder: best n latents", "^", "#009E73"),
 }
 CHANGE = "change of exact calls, percentage points"
 PAGE = {  # for pictures shown 800 pixels wide
@@ -165,6 +163,8 @@ def draw_answer(plt, runs):
         grid = run.metrics["grid"]
         early = grid["clean"]["exact"]
         for group, lines in grid["groups"].items():
+            if group in CONTROLS:  # the same for all dictionaries
+                added[kind, group].clear()
             added[kind, group].append(early + lines[0]["best"]["test"]["pp"])
         steering = run.metrics.get("steering", {"changes": {}})
         for name, result in steering["changes"].items():
@@ -180,7 +180,7 @@ def draw_answer(plt, runs):
             subtracted[kind_of(run.folder), line["n"], line["name"]].append(exact)
     late = subtracted["preset", 0, "clean"][0]
 
-    fig, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 3.6))
+    fig, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 3.2))
     for ax, side, found, clean in zip(axes, (0, 1), (added, subtracted), (early, late)):
         for y, whats in enumerate(ANSWERS.values()):
             exact = found[whats[side]]
@@ -188,7 +188,7 @@ def draw_answer(plt, runs):
             ax.plot(exact, y + np.linspace(-.25, .25, len(exact)), "o", mfc="none", color=color)
             ax.barh(y, np.mean(exact) - clean, left=clean, color=color, alpha=.3)
         ax.axvline(clean, color="grey", ls=":")
-        ax.set(xlim=(-4, 104), ylim=(4.6, -.6), xlabel="exact calls, % of prompts")
+        ax.set(xlim=(-4, 104), ylim=(3.6, -.6), xlabel="exact calls, % of prompts")
     axes[0].set_yticks(range(len(ANSWERS)), ANSWERS)
     axes[0].set_title("one latent scaled up in early A,\nor another vector added")
     axes[1].set_title("three latents ablated in A (the paper's recipe: all),\n"
@@ -210,6 +210,8 @@ def draw_dose(plt, runs):
 
     fig, ax = plt.subplots(figsize=(9, 4.8))
     for (label, marker, color), lines in marks.items():
+        if not lines:
+            continue
         exact = [100 * np.mean(line["greedy"]["exact"]) for line in lines]
         ax.plot(column(lines, "along u"), exact, ls="", marker=marker, ms=6, mfc="none",
                 color=color, label=label)

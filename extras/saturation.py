@@ -314,7 +314,8 @@ def main(argv=None):
 
         # what is there is not done again
         key = f"saturation_{args.split}"
-        what = [args.rows, args.samples, args.sizes, reference.cc.W_dec.sum().item()]
+        u_of = reference.cc.W_dec.sum().item()
+        what = [args.rows, args.samples, args.sizes, u_of, DOSES, CONTROLS]
         depends_on = dfc.fingerprint(what, run.settings)
         if dfc.read_metrics(run.folder).get(key) != depends_on:
             scene = scene or make_scene(run, reference, args.split, args.rows)
