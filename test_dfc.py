@@ -1577,17 +1577,12 @@ def test_every_command_of_the_readme_is_understood(monkeypatch):
             runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
-def test_the_piece_in_the_readme_stops_the_calls_of_a(tmp_path, capsys):
+def test_the_piece_in_the_readme_prints_its_figures(tmp_path, capsys):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    here = {}
-    exec(code[1].replace("my_crosscoder", str(tmp_path)), here)
-    calls = int(capsys.readouterr().out)
+    exec(code[1].replace("my_crosscoder", str(tmp_path)), {})
 
-    # 20 prompts need a tool
-    clean, = ev.generate(here["model_a"], here["tokenizer"], here["prompts"], 64)
-    assert here["needs"].sum() == 20
-    assert sum("<tool_call>" in answer for answer in clean) >= 18
-    assert calls <= 4
+    printed = re.findall(r"0\.\d+", capsys.readouterr().out)
+    assert list(map(float, printed)) == approx([.92, .95], abs=.03)
 
 
 EXERCISES = ROOT / "extras/exercises"
