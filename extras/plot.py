@@ -54,8 +54,8 @@ DOSES = {  # label, marker and colour of dose.png, for saturation.py's names and
     "A - B": ("instead: A − B", ".", "#E69F00"),
     "diff of means": ("instead: difference of means", "|", RED),
     "preset": ("our recipe: best n latents", "o", BLUE),
-    "1024-k-16": ("with 1,024 latents", "s", BLUE),
-    "8192-k-45": ("with 8,192 latents", "D", BLUE),
+    "1024-k-16": ("our recipe, 1,024 latents", "s", BLUE),
+    "8192-k-45": ("our recipe, 8,192 latents", "D", BLUE),
     "plain": ("plain crosscoder: best n latents", "^", "#009E73"),
 }
 CHANGE = "change of exact calls, percentage points"
