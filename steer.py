@@ -352,14 +352,13 @@ def steer_own_words(run, latents, text, alphas):
         raise ValueError(f"the prompt has {n_prompt} tokens: {run.longest_prompt} at most")
     x_1MD = run.vectors([prompt])
     written_1D = written(run.cc, run.cc.encode(x_1MD), latents)
-    factors = {f"A, alpha = {alpha:g}": alpha - 1 for alpha in (1., *alphas)}
-    factors.update({"B": 0., "B, twice what the latents write into A added": 2.})
+    versions = [("A", f"A, alpha = {alpha:g}", alpha - 1) for alpha in (1., *alphas)]
+    versions += [("B", "B", 0.), ("B", "B, twice what the latents write into A added", 2.)]
     answers = []
-    for name, factor in factors.items():
-        model = run.models[name[0]]
-        added_VND = factor * written_1D[None]
-        (answer,), = generate(model, run.tokenizer, [prompt], s.max_new, s.layer, added_VND)
-        print(f"\n--- {name}\n{answer}")
+    for m, title, factor in versions:
+        v_VND = factor * written_1D[None]
+        (answer,), = generate(run.models[m], run.tokenizer, [prompt], s.max_new, s.layer, v_VND)
+        print(f"\n--- {title}\n{answer}")
         answers.append(answer)
 
     # read the clean answer again, token by token (its tokens may differ from those generated)

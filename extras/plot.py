@@ -3,8 +3,8 @@
     python extras/plot.py                          # of the runs in runs/, into runs/: seconds
     python extras/plot.py runs/mine --out figures
 
-    answer.png   what latents add to early A and remove from A, and what directions without a
-                 dictionary do (its runs: extras/MORE_RESULTS.md)
+    answer.png   a latent scaled up in early A and latents ablated in A, beside vectors that need no
+                 dictionary (its runs, and the names of their folders: extras/MORE_RESULTS.md)
     effect.png   each change of steer.py beside its controls, and the false calls of both
     dose.png     exact calls left against what is ablated along one direction
     norms.png    A's share of each decoder row's length: the newest DFC, the newest plain crosscoder
@@ -43,7 +43,7 @@ CONTROLS = {
     "diff of means": "difference of means",
 }
 ANSWERS = {  # row of answer.png: what is added (kind, group of grid.py or "random"), and what is
-             # removed (kind, n, name in saturation.py)
+             # subtracted (kind, n, name in saturation.py)
     "A-exclusive latents,\nour recipe": (("preset", "A-exclusive"), ("preset", 3, "latents")),
     "A-exclusive latents,\nthe paper's recipe": (("as-published", "A-exclusive"),
                                                  ("as-published", 0, "all")),
@@ -98,6 +98,14 @@ def same(run, key):
     config = run.metrics["config"]
     return (config["model_a"], config["model_b"], config["tool_texts"], config["layer"],
             result["rows"])
+
+
+def removals(runs):
+    """Yield (kind of dictionary, line, exact calls left in %) of all that saturation.py saved.
+    Raises ValueError."""
+    for run in runs_with(runs, "saturation_test", "python extras/saturation.py --all"):
+        for line in read_rows(f"{run.folder}/saturation_test.jsonl", ()):
+            yield kind_of(run.folder), line, 100 * np.mean(line["greedy"]["exact"])
 
 
 # ---- 2. Pieces of a figure -----------------------------------------------------------------------
@@ -155,7 +163,7 @@ def draw_effect(plt, runs):
 
 def draw_answer(plt, runs):
     """Exact calls with a vector added to early A, and with one subtracted from A: a circle for each
-    dictionary or random direction, and a bar from clean to their mean."""
+    dictionary or random direction, and a bar from clean to their mean. Raises ValueError."""
     # added: grid.py's strength, chosen on dev; random directions are as long as steer.py's vector
     added = defaultdict(list)
     for run in runs_with(runs, "grid", "python extras/grid.py"):
@@ -174,10 +182,12 @@ def draw_answer(plt, runs):
 
     # subtracted
     subtracted = defaultdict(list)
-    for run in runs_with(runs, "saturation_test", "python extras/saturation.py --all"):
-        for line in read_rows(f"{run.folder}/saturation_test.jsonl", ()):
-            exact = 100 * np.mean(line["greedy"]["exact"])
-            subtracted[kind_of(run.folder), line["n"], line["name"]].append(exact)
+    for kind, line, exact in removals(runs):
+        subtracted[kind, line["n"], line["name"]].append(exact)
+
+    for add, subtract in ANSWERS.values():
+        if not added[add] or not subtracted[subtract]:
+            raise ValueError(f"no result of {add} or {subtract}: see extras/MORE_RESULTS.md")
     late = subtracted["preset", 0, "clean"][0]
 
     fig, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 3.2))
@@ -200,21 +210,16 @@ def draw_answer(plt, runs):
 def draw_dose(plt, runs):
     """Exact calls left against what is removed along u: a mark for each dictionary and n."""
     marks = {style: [] for style in DOSES.values()}
-    for run in runs_with(runs, "saturation_test", "python extras/saturation.py --all"):
-        kind = kind_of(run.folder)
-        for line in read_rows(f"{run.folder}/saturation_test.jsonl", ()):
-            name = kind if line["name"] == "latents" else line["name"]
-            if line["n"] and name in DOSES:
-                marks[DOSES[name]].append(line)
+    for kind, line, exact in removals(runs):
+        name = kind if line["name"] == "latents" else line["name"]
+        if line["n"] and name in DOSES:
+            marks[DOSES[name]].append((line["along u"], exact))
     n_rows = len(line["greedy"]["exact"])
 
     fig, ax = plt.subplots(figsize=(9, 4.8))
-    for (label, marker, color), lines in marks.items():
-        if not lines:
-            continue
-        exact = [100 * np.mean(line["greedy"]["exact"]) for line in lines]
-        ax.plot(column(lines, "along u"), exact, ls="", marker=marker, ms=6, mfc="none",
-                color=color, label=label)
+    for (label, marker, color), points in marks.items():
+        if points:
+            ax.plot(*zip(*points), ls="", marker=marker, ms=6, mfc="none", color=color, label=label)
     ax.set(xlabel="part along u of the vector that is subtracted", ylim=(-4, 104),
            ylabel=f"exact calls left, % of {n_rows} test prompts\nthat need a tool, greedy answers")
     fig.legend(loc="outside lower center", ncols=2)
