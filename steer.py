@@ -161,11 +161,12 @@ def difference_of_means(v_ND, needs_N):
     return v_ND[needs_N].mean(0) - v_ND[~needs_N].mean(0)
 
 
-def control_directions(cc, dev, others):
-    """{name: directions of length 1, (U, D)} that an effect has to beat. others: latents."""
+def control_directions(cc, dev, others, seed=0):
+    """{name: directions of length 1, (U, D)} that an effect has to beat. others: latents. The seed
+    draws the random ones: the dictionary's, so that each dictionary has random ones of its own."""
     a_ND, b_ND = dev.x_NMD.unbind(1)
     gap_ND = (a_ND - b_ND)[dev.needs_N]
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(seed)
     directions = {"random": torch.randn(10, a_ND.shape[1], generator=rng).to(a_ND)}
     directions["latents"] = cc.W_dec[others, 0] * cc.scale[0]
     directions["A - B"] = gap_ND.mean(0)[None]
@@ -274,7 +275,7 @@ def steer(run, latents, ranking, dev, most_rows):
     part = partition_of(cc, latents[0])
     others = [row["feature_idx"] for row in ranking
               if row["partition"] == part and row["feature_idx"] not in latents]
-    directions = control_directions(cc, dev, others[:20])
+    directions = control_directions(cc, dev, others[:20], run.settings.seed)
 
     # clean answers, then each change
     answers = {}
@@ -368,7 +369,7 @@ def steer_own_words(run, latents, text, alphas):
     f_TL = run.cc.encode(torch.stack(x_MTD, 1))
     for latent in latents:
         print(f"\nlatent {latent} is active at tokens (those after {n_prompt} are the answer)")
-        for i in f_TL[:, latent].nonzero()[:, 0].tolist():
+        for i in f_TL[:, latent].nonzero().flatten().tolist():
             token = run.tokenizer.decode(ids_1T[0, i])
             print(f"{i + 1:5d} {token!r:20s}{f_TL[i, latent]:8.2f}")
 

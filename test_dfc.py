@@ -1195,7 +1195,7 @@ def random_run():
     """A run without models. Each of its ten A-exclusive latents writes a coordinate of its own."""
     cc = scaled(32, 10, 0)
     cc.W_dec[:10, 0] = torch.eye(16)[:10]
-    return ev.Run(dfc.Settings(), cc, {}, None, None, samples=2)
+    return ev.Run(dfc.Settings(seed=7), cc, {}, None, None, samples=2)
 
 
 def random_prompts():
@@ -1272,6 +1272,7 @@ def test_control_directions_are_random_other_latents_and_both_differences_of_mea
     assert random_UD.norm(dim=1).tolist() == approx([1] * 10)
     assert torch.linalg.matrix_rank(random_UD) == 10
     assert -.1 < random_UD.mean() < .1  # of all orthants
+    assert not close(random_UD, steer.control_directions(cc, dev, [], seed=7)["random"])
 
 
 @each("sign, hits, margin", [(1, [18, 16, 17, 2], 5), (-1, [3, 14, 13, 19], 50)])
@@ -1346,6 +1347,8 @@ def test_strengths_come_from_dev_prompts_and_the_table_from_test_prompts(monkeyp
     others = [l for l in order if l < 10 and l not in (2, 5)]
     directions = steering["changes"]["ablated in A"]
     assert close(directions["latents"], F.normalize(written_LD[others]))
+    of_seed = steer.control_directions(run.cc, prompts["dev"], [], seed=7)
+    assert close(directions["random"], of_seed["random"])
 
 
 @each("samples, right, exact, false_calls", [
@@ -1821,6 +1824,7 @@ def test_saturation_removes_what_latents_write_its_part_along_u_and_controls(mon
     d_L = steer.cohens_d(f_NL[:4], f_NL[4:])[:10]
     best = d_L.argsort(descending=True).tolist()
     written = functools.partial(steer.written, run.cc, read_prompts(run, "test").f_NL)
+    random_UD = steer.control_directions(run.cc, prompts["dev"], [], seed=7)["random"]
     every_ND, less_ND, *of_sizes = asked[2][1]
     assert close(every_ND, written(best))
     assert close(less_ND, written(d_L.lt(0).nonzero()[:, 0]))
@@ -1829,9 +1833,10 @@ def test_saturation_removes_what_latents_write_its_part_along_u_and_controls(mon
         assert close(along_ND, (own_ND @ u_D)[:, None] * u_D)
         assert close(rest_ND, own_ND - along_ND)
 
-        # as long, in other directions; the last is that of n latents, none of them silent
+        # as long, in other directions; the first is random, the last that of n live latents
         for control_ND in controls:
             assert close(control_ND.norm(dim=1), own_ND.norm(dim=1))
+        assert close(F.normalize(controls[0]), random_UD[0])
         drawn = controls[-1].any(0).nonzero()[:, 0].tolist()
         assert len(drawn) == n
         assert not {0, *best[:n]} & {*drawn}

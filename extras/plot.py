@@ -194,7 +194,7 @@ def draw_answer(plt, runs):
     for ax, side, found, clean in zip(axes, (0, 1), (added, subtracted), (early, late)):
         for y, whats in enumerate(ANSWERS.values()):
             exact = found[whats[side]]
-            color = BLUE if y < 2 else RED
+            color = BLUE if y < 2 else "dimgrey"
             ax.plot(exact, y + np.linspace(-.25, .25, len(exact)), "o", mfc="none", color=color)
             ax.barh(y, np.mean(exact) - clean, left=clean, color=color, alpha=.3)
         ax.axvline(clean, color="grey", ls=":")

@@ -150,7 +150,7 @@ def saturate(run, scene, sizes):
                    for prompts in (scene.dev, scene.report))
     order, smaller, every = order_latents(cc, dev)
     live_L = (dev.f_NL > 0).any(0)
-    controls = control_directions(cc, dev, [])
+    controls = control_directions(cc, dev, [], run.settings.seed)
 
     removals = [Removal(0, "all", written(cc, report.f_NL, every)),
                 Removal(0, "d < 0", written(cc, report.f_NL, smaller))]
