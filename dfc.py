@@ -8,7 +8,7 @@ DFC is from arXiv 2602.11729.)
 
     z_m    = (x_m - mean_m) / scale_m               (1) the normalised vector of model m
     pre    = sum_m z_m W_enc[m] + b_enc             (2) forbidden (m, latent) weights are zero
-    f      = the k largest of pre, if positive      (3) all others are 0; the paper writes z for f
+    f      = the k largest of pre, if positive      (3) all others are 0 (the paper's z)
     zhat_m = sum_l f_l W_dec[l, m] + b_dec[m]       (4) and xhat_m = zhat_m scale_m + mean_m
     loss   = mean (z - zhat)^2                      (5) over pairs, models and coordinates
              + mean sum_l lambda_l f_l |W_dec[l]|   (6) L1 penalty; the length is over both models
@@ -25,7 +25,7 @@ residual width, L latents, k active latents, T tokens, E = M D.
 
     python dfc.py                          # the toy pair in tiny/: half a minute on an idle laptop
     python dfc.py --dict 8192 --k 45       # as many latents as the paper's smaller dictionaries
-    python dfc.py --excl 0                 # the plain crosscoder
+    python dfc.py --excl 0                 # the plain crosscoder (its latents are not tied)
     python dfc.py --recipe paper           # trained as published; --preset qwen: its models
     python dfc.py --preset smol            # a real language model, made by extras/smol.py
     bash run_sweep.sh                      # the paper's 48 settings, scaled to the toy pair
@@ -232,8 +232,8 @@ def aux_loss(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
 
     total = z_BMD.new_zeros(())
     for part in cc.partitions():
-        dead = part.latents.start + dead_L[part.latents].nonzero()[:, 0]
-        if len(dead) > 0:
+        dead = part.latents.start + dead_L[part.latents].nonzero().flatten()
+        if len(dead):
             # place: a position in `dead`; dead[place]: in the dictionary
             f_Bk, place_Bk = keep_largest(pre_BL[:n_pairs, dead], min(len(dead), 2 * cc.k))
             guess_BMD = decode_active(f_Bk, dead[place_Bk], cc.W_dec)
@@ -281,17 +281,17 @@ def train(cc, x_NMD, steps, batch=512, lr=1e-3, l1_mean=False, l1_shared=2e-5, l
         zhat_BMD = decode_active(f_Bk, index_Bk, cc.W_dec) + cc.b_dec
 
         # mean of f over the batch; a latent whose mean is 0 was silent
-        f_over_B = (f_Bk.float() / len(f_Bk)).flatten()
-        mean_L = torch.zeros_like(lambda_L).index_add(0, index_Bk.flatten(), f_over_B)
+        shares = (f_Bk.float() / len(f_Bk)).flatten()
+        mean_L = torch.zeros_like(lambda_L).index_add(0, index_Bk.flatten(), shares)
         silent_L = torch.where(mean_L > 0, 0, silent_L + 1)
 
         # loss
         mse = (z_BMD - zhat_BMD).pow(2).mean()
         penalty = l1_penalty(mean_L, lambda_L, cc.W_dec, l1_mean)
-        aux = torch.zeros_like(mse)
+        revival = torch.zeros_like(mse)
         if revive:  # a latent that is never selected has no gradient and would stay dead
-            aux = revive * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent_L > dead_after)
-        terms = torch.stack([mse, penalty, aux])
+            revival = revive * aux_loss(cc, z_BMD, zhat_BMD, pre_BL, silent_L > dead_after)
+        terms = torch.stack([mse, penalty, revival])
 
         # backward
         opt.zero_grad()
@@ -348,17 +348,17 @@ def hooked(model, layer, edit):
     section 4). The blocks (model.model.layers in Llama and Qwen) are found in any model as the
     first list of modules that is as long as the model is deep."""
     depth = model.config.get_text_config().num_hidden_layers
-    blocks = next(m for m in model.get_decoder().modules()
-                  if isinstance(m, nn.ModuleList) and len(m) == depth)
-    if not 0 <= layer < depth:
-        raise ValueError(f"no layer {layer} of 0 to {depth - 1}")
+    found = [m for m in model.get_decoder().modules()
+             if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not found or not 0 <= layer < depth:
+        raise ValueError(f"no layer {layer} of 0 to {depth - 1} in {type(model).__name__}")
 
     def hook(module, args, out):
         if isinstance(out, tuple):  # some models output more than the residual stream
             return edit(out[0]), *out[1:]
         return edit(out)
 
-    handle = blocks[layer].register_forward_hook(hook)
+    handle = found[0][layer].register_forward_hook(hook)
     try:
         yield
     finally:
@@ -428,12 +428,13 @@ TOOL_ROW = ("instruction", "input", "output")  # the texts of a tool row: system
 def tool_texts(file, tokenizer, split, n, seed=0, whole_prompts=True):
     """n tool texts from the rows of a split.
 
-    whole_prompts: half of the texts are whole prompts, because their last token is the one that
-    eval_toolcall.py and steer.py patch; no published text ends there. The rest are prompts with
-    their answers, cut at a random blank, for variety. Both take the rows in the order of the file,
-    and again from the first if they are too few.
+    whole_prompts: half of the texts are whole prompts. eval_toolcall.py and steer.py change a
+    prompt's last token, so the crosscoder should have seen such tokens. The other half, for
+    variety, are prompts with a part of their answers, cut at a random blank. Both take the rows in
+    the order of the file, and again from the first if they are too few.
 
-    Not whole_prompts: as published, at most n chunks of prompts with their answers."""
+    Not whole_prompts: the paper's way, at most n chunks of prompts with their answers. No chunk
+    ends where an answer begins."""
     dialogues = []  # (prompt, the rest of its right answer)
     for row in read_rows(file, TOOL_ROW, split):
         prompt = prompt_of(row, tokenizer)
@@ -519,7 +520,7 @@ def read_rows(name, names, split=None, stream=False):
                 yield row
             done += 1
     except (LookupError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{name}, row {done + 1}, needs the texts {names}: {e}") from e
+        raise ValueError(f"{name}, row {done + 1} (a row has the texts {names}): {e}") from e
 
 
 def split_of(row):
@@ -585,17 +586,20 @@ class Settings:
 
 PRESETS = {  # the options that each stands for
     "tiny": "",
-    "smol": "--model-a runs/smollm2/toolrl --model-b runs/smollm2/base --n-texts 6000 "
-            "--plain-texts runs/smollm2/plain.jsonl --layer 28 --longest 2048 --dict 1024 --k 16 "
-            "--text-seed 0",
-    "qwen": "--model-a chengq9/ToolRL-Qwen2.5-3B --model-b Qwen/Qwen2.5-3B --n-texts 40000 "
-            "--tool-texts emrecanacikgoz/ToolRL --plain-texts HuggingFaceFW/fineweb:sample-10BT "
-            "--layer 13 --longest 4096 --max-new 512 --dict 8192 --k 45 --steps 9000 --batch 1024 "
-            "--lr 1e-4"}
+    "smol": """
+        --model-a runs/smollm2/toolrl --model-b runs/smollm2/base
+        --plain-texts runs/smollm2/plain.jsonl --n-texts 6000 --text-seed 0
+        --layer 28 --longest 2048 --dict 1024 --k 16""",
+    "qwen": """
+        --model-a chengq9/ToolRL-Qwen2.5-3B --model-b Qwen/Qwen2.5-3B
+        --tool-texts emrecanacikgoz/ToolRL --plain-texts HuggingFaceFW/fineweb:sample-10BT
+        --n-texts 40000 --layer 13 --longest 4096 --max-new 512
+        --dict 8192 --k 45 --steps 9000 --batch 1024 --lr 1e-4"""}
 RECIPES = {
     "dfc": "",
-    "paper": "--excl-b -1 --no-tie-shared --no-fair-start --by-coordinate --l1-mean --revive 0 "
-             "--no-schedule --no-whole-prompts --l1-shared 1e-3 --l1-excl 1e-3"}
+    "paper": """
+        --excl-b -1 --no-tie-shared --no-fair-start --by-coordinate --no-whole-prompts
+        --l1-mean --l1-shared 1e-3 --l1-excl 1e-3 --revive 0 --no-schedule"""}
 
 
 def parse_args(argv=None):
@@ -622,8 +626,8 @@ def parse_args(argv=None):
         for name in sorted(given.keys() - {"preset", "device"}):
             s.out += f"-{name}" + re.sub(r"[^\w.+-]", "-", Path(str(given[name])).name)
 
-    if min(s.steps, s.batch) < 1:
-        raise ValueError("--steps and --batch must be 1 or more")
+    if min(s.n_texts, s.steps, s.batch) < 1:
+        raise ValueError("--n-texts, --steps and --batch must be 1 or more")
     new_crosscoder(s, activation_dim=1)  # raises if its sizes do not fit
     return s
 

@@ -11,7 +11,7 @@ parts of that reconstruction, and by controls.
 Scores, each a pure function of text:
 
     exact         the calls are the right ones: names, keys and values, in any order; 3 is 3.0 and
-                  not "3". Where no call is wanted: a response and no call
+                  not "3"; other text does not count. Where no call is wanted: a response, no call
     called        any object in a <tool_call> that parses as a call
     false_call    called, where no call is wanted
     paper_format  the paper's rubric: a <tool_call> and a "name" anywhere
@@ -20,7 +20,8 @@ Scores, each a pure function of text:
 
 paper_tool never looks at the right answer: any listed tool will do, with any values, even where no
 call is wanted. Calling the first tool with {} scores 100 %. Hence the chance lines, three answers
-that never read the question. An example:
+that never read the question. Suffixes are shapes: N prompts, B of a batch, V versions of their
+last vectors, M models (A, B), D residual width, L latents, T tokens. An example:
 
     right answer    <think> t </think>
                     <tool_call>
@@ -117,8 +118,8 @@ def generate(model, tokenizer, prompts, max_new, layer=0, v_VND=None, replace=Fa
             said = decode(model, ids_BT[:, -1:], mask_BT, copy.deepcopy(cache), layer,
                           v_ND[batch], replace, max_new, ends, noise)
             for n, tokens in zip(batch, said):
-                answers[v][n] = answer_prefix(prompts[n]) + tokenizer.decode(tokens)
-                answers[v][n] += " [cut]" if len(tokens) == max_new else ""
+                cut = " [cut]" if len(tokens) == max_new else ""
+                answers[v][n] = answer_prefix(prompts[n]) + tokenizer.decode(tokens) + cut
             bar.update(len(batch))
     bar.close()
     return answers
@@ -143,13 +144,14 @@ def decode(model, next_B1, mask_BT, cache, layer, v_BD, replace, max_new, ends, 
         logits = out.logits[:, -1].float()  # (B, size of the vocabulary)
         if not logits.isfinite().all():
             raise ValueError(f"logits of {model.name_or_path} are not finite: a weight is not, or "
-                             f"what was added is too long for {model.dtype} ({v_BD.norm():.3g})")
-        if noise:  # the largest of logits + Gumbel noise is a sample of their softmax
+                             f"a vector put in is too long for {model.dtype} (lengths up to "
+                             f"{v_BD.norm(dim=1).max():.3g})")
+        if noise:  # - log of exponential noise is Gumbel's; the largest sum is a softmax sample
             logits -= torch.empty_like(logits).exponential_(generator=noise).log()
         next_B = logits.argmax(-1)
 
         # an answer that ends leaves the batch, and its row leaves the cache
-        going = torch.isin(next_B, ends, invert=True).nonzero()[:, 0]
+        going = torch.isin(next_B, ends, invert=True).nonzero().flatten()
         if len(going) < len(active):
             cache.reorder_cache(going)
             mask_BT = mask_BT[going]
@@ -204,7 +206,8 @@ def reconstructions(cc, x_NMD, m):
     # the pair is encoded together, so B's reconstruction may carry what only A's vector says
     if m == 1:
         a_ND = x_NMD[:, 0]
-        another_ND = a_ND[torch.randperm(len(a_ND), generator=rng)]
+        order_N = torch.randperm(len(a_ND), generator=rng)
+        another_ND = a_ND[order_N.roll(1)[order_N.argsort()]]  # the next in a random order
         for name, other_ND in (("mean A", a_ND.mean(0)), ("another A", another_ND)):
             other_NMD = torch.stack([other_ND.expand_as(a_ND), x_ND], 1)
             patches[f"reconstruction, {name}"] = cc(other_NMD)[0][:, 1]
@@ -351,7 +354,7 @@ def paired(after, before):
     difference = 100 * np.subtract(after, before, dtype=float)
     draws = np.random.default_rng(0).integers(len(difference), size=(2000, len(difference)))
     low, high = np.percentile(difference[draws].mean(1), [2.5, 97.5])
-    return {"pp": float(difference.mean()), "lo": float(low), "hi": float(high)}
+    return {"pp": difference.mean(), "lo": low, "hi": high}
 
 
 def totals(scores, rows):
@@ -378,8 +381,8 @@ def chance_answers(rows):
         return {}
     rng = random.Random(0)
     call = '<think> . </think>\n<tool_call>\n{{"name": {}, "parameters": {{}}}}\n</tool_call>'
-    first = [call.format(json.dumps(names[0])) for names in tools]
-    drawn = [call.format(json.dumps(rng.choice(names))) for names in tools]
+    first = [call.format(json.dumps(names[0], ensure_ascii=False)) for names in tools]
+    drawn = [call.format(json.dumps(rng.choice(names), ensure_ascii=False)) for names in tools]
     always = ["<think> . </think>\n<response> Yes. </response>"] * len(rows)
     return {"first tool with {}": first, "random tool with {}": drawn, "always a response": always}
 
@@ -423,7 +426,7 @@ def tabulate(answers, rows):
     # answers that are cut say nothing of what the model would have done
     cut = sum(text.endswith(" [cut]") for said in answers.values() for text in said)
     if cut:
-        lines.append(f"{cut} of {len(answers) * len(rows)} answers were cut at --max-new")
+        lines.append(f"{cut} of {len(answers) * len(rows)} answers were cut at dfc.py's --max-new")
     return "\n".join(lines), out
 
 
@@ -447,8 +450,8 @@ class Run:
     def vectors(self, texts):
         """Both models' vectors at the texts' last tokens -> x_NMD, on the crosscoder's device."""
         s = self.settings
-        x_NMD = collect(self.models.values(), self.tokenizer, texts, s.layer, s.longest)
-        return x_NMD.to(self.cc.mean)
+        return collect(
+            self.models.values(), self.tokenizer, texts, s.layer, s.longest).to(self.cc.mean)
 
 
 def open_run(folder=None, get=load_model, device=""):
@@ -548,9 +551,9 @@ def evaluate(run, most_rows, template):
                   "template": template, "seconds": time.time() - began}
     save_result(run.folder, "evaluation", evaluation, lines, "eval.jsonl")
 
-    print(f"\n{run.folder}, layer {s.layer}, test prompts, into A\n{tables['A']}")
-    print(f"\ninto B\n{tables['B']}")
-    print(f"\nanswers that never read the question\n{table_chance}")
+    print(f"\n{run.folder}, layer {s.layer}, test prompts, into A\n{tables['A']}"
+          f"\n\ninto B\n{tables['B']}"
+          f"\n\nanswers that never read the question\n{table_chance}")
 
 
 def score_file(name):
@@ -572,7 +575,7 @@ def score_file(name):
     if not chance:
         print("not every row's instruction lists its tools: no chance lines, and paper_tool is 0 "
               "where none is listed")
-    table, _ = tabulate({Path(name).name: [row["prediction"] for row in rows], **chance}, rows)
+    table, _ = tabulate({"your answers": [row["prediction"] for row in rows], **chance}, rows)
     print(table)
 
 

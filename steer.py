@@ -1,31 +1,30 @@
 """Steer single latents: do they carry what reinforcement learning added?
 
-Rank the latents by how well they separate prompts that need a tool from prompts, in the same
-template, that need none. Change the best A-exclusive one at the prompt's last token, where the
-answer begins, and count exact calls. With S the latents that are changed, one or several,
+A is the model tuned by RL, B its base; dfc.py trained the crosscoder, by equations (1) to (7). Rank
+its latents by how well they separate prompts that need a tool from prompts, in the same template,
+that need none. Change the best A-exclusive one at the prompt's last token, where the answer begins,
+and count exact calls. With S the latents that are changed, one or several,
 
     written_n = sum_{l in S} f_nl W_dec[l, A] scale_A      (8) what S writes into A at prompt n
 
     ablated in A              - written_n
     scaled by alpha in A      (alpha - 1) written_n        (9) the paper's steering
-    its maximum added to B    written, with f_l set to its maximum over dev prompts that need a
-                              tool: the same vector for every prompt
+    its maximum added to B    written, each f_l at its maximum on dev prompts: one vector for all
     copied from A into B      c written_n; this leaks A's decision into B
 
-Near a decision almost any vector changes the answer. So each change is compared with controls,
-vectors of the same length on each prompt along other directions:
+Near a decision almost any vector changes the answer. So there are controls, as long on each prompt:
 
     random         10 random directions
     latents        the 20 other latents of the same partition that separate best
     A - B          the mean of A minus the mean of B, on prompts that need a tool
     diff of means  the mean of A on prompts that need a tool minus that on prompts that need none
 
-The margin is the effect minus that of the strongest control, positive where the latents do more.
-Latents, alpha and c are chosen on dev prompts; what is printed is of test prompts. Note:
+The margin is how much more the latents do than the strongest control. Latents, alpha and c are
+chosen on dev prompts; what is printed is of test prompts. Note:
 - The strongest control is picked on the test prompts, which favours the controls.
 - alpha and c are tuned for the latents alone, which favours the latents (best_strength).
-- Controls take their length on each prompt from the latents: where these are silent, they do
-  nothing. So under "copied" they leak A's decision, too.
+- Where the latents are silent, controls do nothing: under "copied" they leak A's decision, too.
+Suffixes are shapes, as in dfc.py; here V are versions, U directions, R answers to one prompt.
 
     python steer.py                                    # the newest run of dfc.py: two minutes
     python steer.py --samples 5                        # sampled answers: a quarter of an hour
@@ -199,9 +198,9 @@ def outcomes(run, m, prompts, v_VND):
     for answers in versions:
         scores = [score(answer, row) for answer, row in zip(answers, rows)]
         pairs = [[each["exact"], each["called"]] for each in scores]
-        exact_SN, called_SN = np.array(pairs).T.reshape(2, times, -1)
-        exact = exact_SN[:, prompts.needs_N].mean(0).tolist()
-        false_calls = 100 * called_SN[:, ~prompts.needs_N].mean()
+        exact_RN, called_RN = np.array(pairs).T.reshape(2, times, -1)
+        exact = exact_RN[:, prompts.needs_N].mean(0).tolist()
+        false_calls = 100 * called_RN[:, ~prompts.needs_N].mean()
         out.append(Outcome(exact, false_calls, answers))
     return out
 
@@ -358,11 +357,12 @@ def steer_own_words(run, latents, text, alphas):
     answers = []
     for m, title, factor in versions:
         v_VND = factor * written_1D[None]
-        (answer,), = generate(run.models[m], run.tokenizer, [prompt], s.max_new, s.layer, v_VND)
+        [[answer]] = generate(run.models[m], run.tokenizer, [prompt], s.max_new, s.layer, v_VND)
         print(f"\n--- {title}\n{answer}")
         answers.append(answer)
 
-    # read the clean answer again, token by token (its tokens may differ from those generated)
+    # read the clean answer again, without what generate() put around it (its tokens may differ
+    # from those generated)
     clean = prompt + answers[0].removeprefix(answer_prefix(prompt)).removesuffix(" [cut]")
     ids_1T = torch.tensor(token_ids(run.tokenizer, [clean]), device=written_1D.device)
     x_MTD = [residual_stream(model, ids_1T, s.layer)[0] for model in run.models.values()]
@@ -387,7 +387,7 @@ def parse_args(argv=None):
     p.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one)")
     p.add_argument("--prompt", help="steer answers to these words of a user: print the texts, "
                    "and at which tokens the latents are active")
-    p.add_argument("--alpha", nargs="+", type=float, help="strengths for --prompt (0: ablated)")
+    p.add_argument("--alpha", nargs="+", type=float, help="of --prompt (default: 0, ablated)")
     args = p.parse_args(argv)
     if args.alpha and not args.prompt:
         p.error("--alpha goes with --prompt; without, strengths are chosen on dev prompts")

@@ -1010,7 +1010,7 @@ def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
     assert call(ev, "--score", file) == 0
 
     out = capsys.readouterr().out  # exact, called, paper_tool; exact, false calls
-    assert re.search(r"a.jsonl +50.0 +50.0 +50.0 +100.0 +0.0\n", out)
+    assert re.search(r"your answers +50.0 +50.0 +50.0 +100.0 +0.0\n", out)
     assert "1 of 4 rows left out" in out
     assert "no chance lines" in out
 
@@ -1120,6 +1120,13 @@ def test_reconstructions_are_what_the_decoder_says():
     assert into_a.keys() - into_b.keys() == {"A-exclusive alone"}
     assert into_b.keys() - into_a.keys() == only_b
     assert len(into_a) == 6
+
+    # "another A" is never the prompt's own
+    with_a_NND = torch.stack([
+        cc(torch.stack([a_D.expand(6, -1), x_NMD[:, 1]], 1))[0][:, 1] for a_D in x_NMD[:, 0]])
+    error_NN = (with_a_NND - into_b["reconstruction, another A"]).norm(dim=2)
+    assert sorted(error_NN.argmin(0).tolist()) == list(range(6))
+    assert error_NN.min(0).values.max() < 1e-4 < error_NN.diagonal().min()
     for m, found in enumerate((into_a, into_b)):
         for name in found.keys() & slow.keys():
             assert close(found[name], slow[name][:, m])
