@@ -12,7 +12,6 @@ os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES
 
 import argparse
 import copy
-import dataclasses
 import functools
 import inspect
 import json
@@ -21,12 +20,9 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
-from collections import Counter
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -35,8 +31,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import constants
 from pytest import approx, raises
-from safetensors.torch import load_file, save_file
-from tokenizers.processors import TemplateProcessing
+from safetensors.torch import load_file
 
 import dfc
 import eval_toolcall as ev
@@ -86,17 +81,13 @@ def cells_of(table):
     return [re.split(" {2,}", line) for line in re.findall(r"\S.*", table)]
 
 
-def rows_in(file, split=None):
+def rows_in(file, split=""):
     return [row for row in dfc.read_rows(str(file), ())
-            if split in (None, row.get("split"))]
+            if split in row.get("split", "")]
 
 
 # ---- 1. The crosscoder ---------------------------------------------------------------------------
-def small(n_a=4, n_b=3, tied=False, k=5, L=32, D=8):
-    return dfc.Crosscoder(D, L, k, n_a, n_b, tied)
-
-
-def scaled(k, n_a, n_b):
+def scaled(k=5, n_a=4, n_b=3):
     """A crosscoder of vectors of width 16, whose raw units are not its own."""
     cc = dfc.Crosscoder(16, 32, k, n_a, n_b).requires_grad_(False)
     cc.mean.normal_(2)
@@ -106,10 +97,14 @@ def scaled(k, n_a, n_b):
     return cc
 
 
-def fit(cc, x_NMD, steps):
+def started(*sizes):
+    """A crosscoder that could be trained, and its vectors: those of A and B are alike."""
+    x_NMD = torch.randn(600, 2, 8) * 2 + 1
+    x_NMD[:, 1] += 2 * x_NMD[:, 0]
+    cc = dfc.Crosscoder(8, 96, 3, *sizes)
     cc.fit_scale(x_NMD)
     cc.fair_start(x_NMD)
-    return dfc.train(cc, x_NMD, steps, batch=64, lr=1e-2, dead_after=2)
+    return cc, x_NMD
 
 
 def kept(pre_BL, k):
@@ -126,99 +121,63 @@ def slow_forward(cc, z_BMD):
 
 
 def test_encoder_and_decoder_are_the_formulas_in_raw_units():
-    cc = scaled(5, 4, 3)
+    cc = scaled()
     x_BMD = torch.randn(6, 2, 16) * 3 + 1
 
     xhat_BMD, f_BL = cc(x_BMD)
 
     _, slow_f_BL, slow_zhat_BMD = slow_forward(cc, (x_BMD - cc.mean) / cc.scale)
-    assert f_BL.gt(0).sum(1).tolist() == [5] * 6
     assert close(f_BL, slow_f_BL)
     assert close(xhat_BMD, slow_zhat_BMD * cc.scale + cc.mean)
 
 
-@each("n_a, n_b, tied", [(0, 0, False), (4, 3, False), (4, 0, True), (16, 16, True)])
-def test_exclusive_latents_never_touch_the_other_model_and_shared_ones_touch_both(n_a, n_b, tied):
-    n = n_a + n_b
-    cc = small(n_a, n_b, tied, k=2)
-    cc.W_enc.data[..., ::2] *= .1  # too weak to be picked
-    x_NMD = torch.randn(256, 2, 8)
-
-    loss = fit(cc, x_NMD, 9)
-
-    assert loss["aux"] > 0  # trained, also by the auxiliary loss
-
-    # the models that a latent reads, and those that it writes
-    own = [[True, False]] * n_a + [[False, True]] * n_b + [[True, True]] * (32 - n)
-    assert cc.W_enc.any(1).T.tolist() == own
-    assert cc.W_dec.any(2).tolist() == own
-
-    # one decoder row for both models, where shared latents are tied
-    rows_a, rows_b = cc.W_dec[n:].unbind(1)
-    assert torch.equal(rows_a, rows_b) is tied
-
-
 def test_a_fair_start_gives_every_partition_the_same_spread():
-    cc = dfc.Crosscoder(32, 600, 8, 200, 200, True)
-    x_NMD = torch.randn(1000, 2, 32)
-    x_NMD[:, 1] += 2 * x_NMD[:, 0]  # they are alike
-
-    cc.fit_scale(x_NMD)
-    cc.fair_start(x_NMD)
+    cc, x_NMD = started(12, 9)
 
     # that of shared latents, which read the mean of what they write
-    assert torch.equal(cc.W_enc[..., 400:], cc.W_dec[400:].permute(1, 2, 0) / 2)
+    assert torch.equal(cc.W_enc[..., 21:], cc.W_dec[21:].permute(1, 2, 0) / 2)
     pre_NL = cc.preactivate(cc.normalise(x_NMD))
     spread = [pre_NL[:, part.latents].std().item() for part in cc.partitions()]
     assert spread == approx([spread[-1]] * 3, rel=.01)
 
 
 # ---- 2. Losses -----------------------------------------------------------------------------------
-def slow_revival(cc, z_BMD, zhat_BMD, pre_BL, dead_L):
-    """(7), before its weight: the dead latents of one partition after another."""
-    quarter = len(z_BMD) // 4 + 1
-    error_BMD = (z_BMD - zhat_BMD).detach()
-    total = torch.zeros(())
+def slow_revival(cc, error_BMD, pre_BL, dead_L):
+    """(7), before its weight: the dead latents of one partition after another, on a quarter of the
+    batch."""
+    total = 0
     for part in cc.partitions():
-        eager_L = torch.zeros_like(dead_L)
-        eager_L[part.latents] = dead_L[part.latents]
-        if eager_L.any():
-            f_BL = kept(pre_BL * eager_L, 2 * cc.k)  # others are 0
-            guess_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec)
-            writes_M = cc.W_dec[part.latents].any(0).any(1)
-            total = total + (error_BMD - guess_BMD)[:quarter, writes_M].pow(2).mean()
+        own = part.latents
+        f_BL = kept(pre_BL[:, own] * dead_L[own], 2 * cc.k)  # of living ones 0
+        guess_BMD = torch.einsum("bl,lmd->bmd", f_BL, cc.W_dec[own])
+        writes_M = cc.W_dec[own].any(0).any(1)
+        total += (error_BMD - guess_BMD)[:17, writes_M].pow(2).mean()
     return total
 
 
-def slow_train(cc, x_NMD, steps, batch, lr, l1_mean, l1_shared, l1_excl, revive, schedule,
-               dead_after):
+def slow_train(cc, x_NMD, l1_mean=False, schedule=True):
     """train() by its formulas, with dense products, and SGD."""
-    n_exclusive = cc.n_a + cc.n_b
-    lambda_L = torch.full([len(cc.b_enc)], l1_shared)
-    lambda_L[:n_exclusive] = l1_excl
-    silent_L = torch.zeros_like(lambda_L)
-    order = dfc.batches(len(x_NMD), batch, 0)
+    lambda_L = torch.where(torch.arange(96) < cc.n_a + cc.n_b, 3e-2, 1e-2)
+    silent_L = 0 * lambda_L
 
-    for step in range(steps):
+    for step, batch in zip(range(40), dfc.batches(600, 64, 0)):
         # forward
-        z_BMD = cc.normalise(x_NMD[next(order)])
+        z_BMD = cc.normalise(x_NMD[batch])
         pre_BL, f_BL, zhat_BMD = slow_forward(cc, z_BMD)
+        error_BMD = z_BMD - zhat_BMD
         silent_L = torch.where(f_BL.any(0), 0, silent_L + 1)
 
         # loss
-        loss = (z_BMD - zhat_BMD).pow(2).mean()
-        if l1_mean:
-            loss = loss + (lambda_L * f_BL).mean()
-        else:
-            length_L = cc.W_dec.flatten(1).norm(dim=1)
-            loss = loss + (lambda_L * f_BL * length_L).sum(1).mean()
-        dead_L = silent_L > dead_after
-        loss = loss + revive * slow_revival(cc, z_BMD, zhat_BMD, pre_BL, dead_L)
+        cost_BL = lambda_L * f_BL
+        if not l1_mean:
+            cost_BL = 96 * cost_BL * cc.W_dec.flatten(1).norm(dim=1)
+        loss = error_BMD.pow(2).mean() + cost_BL.mean()
+        loss += slow_revival(cc, error_BMD.detach(), pre_BL, silent_L > 2) / 32
 
         # step
-        rate = lr
+        rate = .9
         if schedule:
-            rate = lr * min(1, (step + 1) / (.05 * steps), (steps - step) / (.2 * steps))
+            rate *= min(1, (step + 1) / 2, (40 - step) / 8)
         cc.zero_grad()
         loss.backward()
         cc.confine(cc.W_enc.grad, cc.W_dec.grad)
@@ -227,32 +186,36 @@ def slow_train(cc, x_NMD, steps, batch, lr, l1_mean, l1_shared, l1_excl, revive,
             p.data -= rate * p.grad
 
 
-@each("n_a, n_b, tied, l1_mean, revive, schedule", [
-    (0, 0, False, False, 1 / 32, True),
-    (12, 0, True, False, 1 / 32, True),
-    (12, 9, False, False, 1 / 32, False),
-    (12, 9, False, True, 0, False),
+@each("n_a, n_b, tied, how", [
+    (0, 0, False, {}),
+    (12, 0, True, {}),
+    (48, 48, True, {}),
+    (12, 9, False, {"schedule": False, "l1_mean": True}),
 ])
-def test_training_on_active_latents_alone_equals_dense_products(
-        n_a, n_b, tied, l1_mean, revive, schedule, monkeypatch):
-    x_NMD = torch.randn(600, 2, 8) * 2 + 1
+def test_training_equals_dense_products_and_exclusive_latents_never_touch_the_other_model(
+        n_a, n_b, tied, how, monkeypatch):
+    cc, x_NMD = started(n_a, n_b, tied)
+    cc.W_enc.data[..., ::2] *= .2  # so that many are dead
+    cc.W_dec.data *= 3             # and gradients are clipped
+    slow = copy.deepcopy(cc)
 
-    def sgd(parameters, lr, fused):
-        return torch.optim.SGD(parameters, lr)
+    # Adam does not see a gradient's length
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, fused: torch.optim.SGD(p, lr))
+    dfc.train(cc, x_NMD, 40, 64, .9, l1_shared=1e-2, l1_excl=3e-2, dead_after=2, **how)
+    slow_train(slow, x_NMD, **how)
 
-    def trained(train):
-        torch.manual_seed(1)
-        cc = small(n_a, n_b, tied, k=3, L=96)
-        cc.fit_scale(x_NMD)
-        cc.W_enc.data[..., ::2] *= .2  # so that many are dead
-        cc.W_dec.data *= 3             # and gradients are clipped
-        train(cc, x_NMD, steps=40, batch=64, lr=1., l1_mean=l1_mean, l1_shared=1e-2, l1_excl=3e-2,
-              revive=revive, schedule=schedule, dead_after=2)
-        return cc.parameters()
+    for fast_p, slow_p in zip(cc.parameters(), slow.parameters()):
+        assert close(fast_p, slow_p, 1e-5)
 
-    monkeypatch.setattr(torch.optim, "Adam", sgd)  # Adam does not see a gradient's length
-    for fast, slow in zip(trained(dfc.train), trained(slow_train)):
-        assert close(fast, slow, 1e-5)
+    # exclusive latents never read or write the other model, shared ones both
+    n = n_a + n_b
+    own = [[True, False]] * n_a + [[False, True]] * n_b + [[True, True]] * (96 - n)
+    assert cc.W_enc.any(1).T.tolist() == own
+    assert cc.W_dec.any(2).tolist() == own
+
+    # tied shared latents write one row into both
+    rows_a, rows_b = cc.W_dec[n:].unbind(1)
+    assert torch.equal(rows_a, rows_b) is tied
 
 
 def test_predicting_the_mean_gives_fve_0_and_the_truth_1():
@@ -264,45 +227,47 @@ def test_predicting_the_mean_gives_fve_0_and_the_truth_1():
 
 
 # ---- 3. Activations ------------------------------------------------------------------------------
-SIZES = """
-vocab_size=1024 hidden_size=16 intermediate_size=32 num_hidden_layers=3 num_attention_heads=2
-num_key_value_heads=1 pad_token_id=0 num_experts=4 num_local_experts=4 num_experts_per_tok=2
-moe_intermediate_size=16 shared_expert_intermediate_size=16 full_attention_interval=3
-linear_num_key_heads=2 linear_num_value_heads=2 linear_key_head_dim=8 linear_value_head_dim=8
-"""  # each family takes what it knows of these, and what is its own
-FAMILIES = """
-Llama
-Qwen2
-Qwen3       head_dim=8
-Qwen3Moe    head_dim=8
-Qwen3Next   head_dim=8 (two blocks of three have no attention)
-Mistral     head_dim=8 sliding_window=16
-Mixtral     head_dim=8
-Gemma2      head_dim=8 sliding_window=16
-Gemma3Text  head_dim=8 sliding_window=16
-Phi3
-Olmo2
-GPTNeoX
-GPT2
-Falcon
-Bloom       (its blocks put out tuples, and it has no greatest position)
-"""
+SIZES = json.loads("""{
+    "vocab_size": 1024, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "num_experts": 4,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "full_attention_interval": 3,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8
+}""")  # each family takes what it knows of these, and what is its own
+# Two blocks of three of Qwen3Next have no attention. Bloom's blocks put out tuples, and it has no
+# greatest position
+FAMILIES = json.loads("""{
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Qwen3Moe": {"head_dim": 8},
+    "Qwen3Next": {"head_dim": 8},
+    "Mistral": {"head_dim": 8, "sliding_window": 16},
+    "Mixtral": {"head_dim": 8},
+    "Gemma2": {"head_dim": 8, "sliding_window": 16},
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 16},
+    "Phi3": {},
+    "Olmo2": {},
+    "GPTNeoX": {},
+    "GPT2": {},
+    "Falcon": {},
+    "Bloom": {}
+}""")
 
 
 def random_model(family, **more):
     """A small model of one of the library's families."""
-    own = re.search(f"^{family} *(.*)", FAMILIES, re.MULTILINE)[1]
-    sizes = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", SIZES + own)}
-    config = getattr(transformers, f"{family}Config")(**{**sizes, **more})
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES[family], **more})
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-@each("family", re.findall(r"^\w+", FAMILIES, re.MULTILINE))
+@each("family", FAMILIES)
 def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family, tokenizer):
     model = random_model(family)
     texts = [README[i:i + n] for i, n in enumerate((3, 300, 1, 17))]
 
-    for layer, longest in ((0, 4096), (1, 4096), (1, 50)):
+    for layer, longest in ((0, 4096), (1, 50)):
         x_NMD = dfc.collect([model, model], tokenizer, texts, layer, longest).float()  # by fp16
 
         for text, x_MD in zip(texts, x_NMD):
@@ -311,35 +276,24 @@ def test_collect_equals_hidden_states_of_single_texts_whatever_the_batch(family,
             assert close(x_MD, states[layer + 1][0, -1], 1e-2)
 
 
-def test_a_hook_edits_one_blocks_output_and_is_gone_after_an_exception():
-    model = random_model("Llama")
-    read = functools.partial(dfc.residual_stream, model, torch.tensor([[5, 6, 7]]), 1)
-    h_1TD = read()
-
-    with raises(ZeroDivisionError), dfc.hooked(model, 1, lambda h_1TD: h_1TD + 1):
-        edited_1TD = read()
-        raise ZeroDivisionError
-
-    assert close(edited_1TD, h_1TD + 1)
-    assert torch.equal(read(), h_1TD)
-
-
 def test_activations_are_kept_under_all_that_changes_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TINY / "toolrl", "a")
-    shutil.copytree(TINY / "toolrl", "b")
+    shutil.copytree("a", "b")
     shutil.copy(TINY / "tools.jsonl", ".")
-    s = dfc.Settings(model_a="a", model_b="b", tool_texts="tools.jsonl", out="runs/run")
+    weights = Path("b/model.safetensors").rename("weights").resolve()
+    Path("b/model.safetensors").symlink_to(weights)
+    where = "--model-a=a --model-b=b --tool-texts=tools.jsonl --out=runs/run"
     collected = []
 
-    def collect(models, tokenizer, texts, layer, longest):
-        collected.append(texts)
-        return torch.zeros(len(texts))
+    def collect(*asked):
+        collected.append(asked)
+        return torch.zeros(1)
 
-    def is_new(n=2, split="dev", **changed):
+    def is_new(flags="", split="dev", n=2):
         collected.clear()
-        there = dataclasses.replace(s, **changed)
-        dfc.activations(there, split, n, there.seed, there.whole_prompts)
+        s = dfc.parse_args(f"{where} {flags}".split())
+        dfc.activations(s, split, n, s.seed, s.whole_prompts)
         return collected != []
 
     replace_in(dfc, monkeypatch, collect)
@@ -347,21 +301,17 @@ def test_activations_are_kept_under_all_that_changes_them(tmp_path, monkeypatch)
     # the same again, and something else
     assert is_new()
     assert not is_new()
-    for changed in ({"layer": 0}, {"n": 3}, {"split": "train"}, {"seed": 1}, {"longest": 100},
-                    {"whole_prompts": False}):
-        assert is_new(**changed)
-    for touched in ("a/model.safetensors", "b/model.safetensors", "tools.jsonl"):
+    assert is_new(split="train")
+    assert is_new(n=3)
+    for flags in ("--layer=0", "--seed=1", "--longest=100", "--no-whole-prompts"):
+        assert is_new(flags)
+
+    # files, and what a link points to
+    for touched in ("a/model.safetensors", weights, "tools.jsonl"):
         os.utime(touched)
         assert is_new()
 
-    # what a link points to, and not the time of its folder; a damaged file
-    weights = Path("b/model.safetensors").rename("weights")
-    Path("b/model.safetensors").symlink_to(weights.resolve())
-    assert not is_new()
-    os.utime(weights)
-    assert is_new()
-    os.utime("a")
-    assert not is_new()
+    # a damaged file
     for file in Path("runs/cache").glob("*.pt"):
         os.truncate(file, 60)
     assert is_new()
@@ -417,28 +367,29 @@ NONE = row_of("THINK RESPONSE")
 
 
 def test_a_row_belongs_to_its_own_split_or_to_one_drawn_80_10_10():
-    counts = Counter(dfc.split_of({"text": str(i)}) for i in range(2000))
+    splits = [dfc.split_of({"text": str(i)}) for i in range(2000)]
 
-    assert 150 < min(counts["dev"], counts["test"]) < 250
+    for split in ("dev", "test"):
+        assert 150 < splits.count(split) < 250
     assert dfc.split_of({"text": "0", "split": "dev"}) == "dev"
 
 
 def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer(
         tokenizer, tmp_path):
     row = rows_in(TINY / "tools.jsonl", "train")[0]
-    there = write_rows(tmp_path / "one.jsonl", row), tokenizer, "train", 40
+    there = write_rows(tmp_path / "one.jsonl", row), tokenizer, "train", 200
     prompt = dfc.prompt_of(row, tokenizer)
-    whole = prompt + row["output"].removeprefix(dfc.answer_prefix(prompt))
+    whole = prompt + row["output"].removeprefix("<think>")
 
     texts = dfc.tool_texts(*there)
 
-    assert whole.count("<think>") == 1
-    assert texts[:20] == [prompt] * 20
-    assert len(texts) == 40
-    assert len(set(texts[20:])) > 5
-    for text in texts[20:]:
+    assert texts[:100] == [prompt] * 100
+    assert len(texts) == 200
+    assert len(set(texts[100:])) > 25
+    for text in texts[100:]:
         assert whole.startswith(text)
         assert whole[len(text)].isspace()
+    assert max(map(len, texts)) > len(prompt)
 
     # as published: chunks that end with a sentence, none a whole prompt
     pieces = dfc.tool_texts(*there, whole_prompts=False)
@@ -449,15 +400,14 @@ def test_half_of_the_tool_texts_are_whole_prompts_and_half_go_on_into_the_answer
 def test_plain_text_begins_as_the_tokenizer_begins_it_and_prompts_as_the_template_does(
         tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
-    start = ("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[start])
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.add_bos_token = True
 
-    tool_texts = dfc.tool_texts(str(TINY / "tools.jsonl"), tokenizer, "dev", 3)
-    plain_texts = dfc.plain_texts(str(TINY / "text.jsonl"), tokenizer, "dev", 3)
+    prompt, _ = dfc.tool_texts(str(TINY / "tools.jsonl"), tokenizer, "dev", 2)
+    plain, = dfc.plain_texts(str(TINY / "text.jsonl"), tokenizer, "dev", 1)
 
-    assert all(text.startswith("<|endoftext|>") for text in plain_texts)
-    assert not any(text.startswith("<|endoftext|>") for text in tool_texts)
+    assert plain.startswith("<|endoftext|>")
+    assert not prompt.startswith("<|endoftext|>")
 
 
 def test_rows_of_a_data_set_are_those_of_its_file(tmp_path):
@@ -470,15 +420,13 @@ def test_rows_of_a_data_set_are_those_of_its_file(tmp_path):
 def test_a_model_may_be_a_name_of_the_hub(tmp_path, monkeypatch):
     """Here as the hub's client keeps it, out of the hub's reach."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    for name in ("toolrl", "base"):
-        repo = tmp_path / f"models--owner--{name}"
-        shutil.copytree(TINY / name, repo / "snapshots/1", copy_function=os.symlink)
-        (repo / "refs").mkdir()
-        (repo / "refs/main").write_text("1")
+    repo = tmp_path / "models--owner--toolrl"
+    shutil.copytree(TINY / "toolrl", repo / "snapshots/1", copy_function=os.symlink)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("1")
 
-    local, hub = (
-        dfc.Settings(model_a=f"{home}toolrl", model_b=f"{home}base", out=f"{tmp_path}/run")
-        for home in ("tiny/", "owner/"))
+    local, hub = (dfc.Settings(model_a=f"{owner}/toolrl", out=f"{tmp_path}/run")
+                  for owner in ("tiny", "owner"))
     x_NMD = dfc.activations(hub, "dev", 2)
 
     assert torch.equal(x_NMD, dfc.activations(local, "dev", 2))
@@ -486,14 +434,11 @@ def test_a_model_may_be_a_name_of_the_hub(tmp_path, monkeypatch):
 
 
 # ---- 5. Train, save, load ------------------------------------------------------------------------
-def publish(folder, D=8, n=2, k=4, **more):
+def publish(folder, n=2, **more):
     """A folder in the form of the paper's checkpoints, from random weights -> its crosscoder."""
-    cc = dfc.Crosscoder(D, 64, k, n, n)
-    state = cc.state_dict()
-    del state["mean"], state["scale"]
-    if n > 0:
-        state.update(enc_mask=torch.ones(2, 64), dec_mask=torch.ones(64, 2))
-    config = {"activation_dim": D, "dict_size": 64, "k": k, "n_a": n, "n_b": n}
+    config = {"activation_dim": 128, "dict_size": 64, "k": 16, "n_a": n, "n_b": n}
+    cc = dfc.Crosscoder(**config)
+    state = {**dict(cc.named_parameters()), "enc_mask": torch.ones(2, 64)}
 
     folder = Path(folder)
     folder.mkdir(parents=True)
@@ -511,25 +456,20 @@ class Bomb:
 
 
 def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp_path):
-    cc = small(tied=True)
-    x_NMD = torch.randn(400, 2, 8) * torch.tensor([[.05], [90.]]) + 7
-    fit(cc, x_NMD, 300)
-    cc.save_pretrained(tmp_path / "run")
+    cc = scaled()
+    x_NMD = torch.randn(9, 2, 16)
+    cc.save_pretrained(tmp_path)
 
-    again = dfc.load(str(tmp_path / "run"))
-    state = load_file(tmp_path / "run" / "model.safetensors")
+    again = dfc.load(str(tmp_path))
 
-    assert (again.k, again.n_a, again.n_b, again.tied) == (5, 4, 3, True)
+    assert torch.equal(again(x_NMD)[0], cc(x_NMD)[0])
+    assert again.partitions() == cc.partitions()
+    state = load_file(tmp_path / "model.safetensors")
     shapes = {name: list(weights.shape) for name, weights in state.items()}
     assert shapes == json.loads("""{
-        "W_enc": [2, 8, 32], "b_enc": [32], "W_dec": [32, 2, 8], "b_dec": [2, 8],
-        "mean": [2, 8], "scale": [2, 8]
+        "W_enc": [2, 16, 32], "b_enc": [32], "W_dec": [32, 2, 16], "b_dec": [2, 16],
+        "mean": [2, 16], "scale": [2, 16]
     }""")
-
-    # raw in, raw out
-    xhat_NMD, _ = again(x_NMD)
-    assert torch.equal(xhat_NMD, cc(x_NMD)[0])
-    assert dfc.fve(x_NMD, xhat_NMD).min() > .5
 
 
 @each("same", [False, True])
@@ -540,16 +480,13 @@ def test_planted_exclusive_features_are_recovered_and_two_equal_models_yield_non
 
     cc = toy.fit(x_NMD, .125, tied=True, k=3, steps=500).requires_grad_(False)
 
-    # does A alone have what its latents stand for?
-    nu_error_L, nu_recon_L = latent_scaling.exclusivity(cc, x_NMD, cc.encode(x_NMD))
-    passes_L = (nu_error_L.abs() < .2) & (nu_recon_L.abs() < .5)
-    specific = passes_L[:cc.n_a].sum()
-    if same:
-        assert specific == 0
+    if same:  # does A alone have what its latents stand for?
+        nu_error_L, nu_recon_L = latent_scaling.exclusivity(cc, x_NMD, cc.encode(x_NMD))
+        passes_L = (nu_error_L.abs() < .2) & (nu_recon_L.abs() < .5)
+        assert not passes_L[:cc.n_a].any()
     else:
-        assert specific >= 6
-        assert toy.grade(cc, x_NMD, d_CMD, 0).recall >= .75
-        assert toy.grade(cc, x_NMD, d_CMD, 1).recall >= .75
+        for m in (0, 1):
+            assert toy.grade(cc, x_NMD, d_CMD, m).recall >= .75
 
 
 # ---- 6. The program dfc.py -----------------------------------------------------------------------
@@ -567,27 +504,18 @@ def files(home):
             if file.is_file() and file.parent.name != "cache"}
 
 
-class World(NamedTuple):
-    home: Path    # a folder with tool rows and a run
-    rows: Path    # two short tool rows of every kind and split
-    run: Path
-    flags: list   # how it was trained
-
-
 @once
 def world(tokenizer, tmp_path_factory):
-    """A trained run."""
+    """A trained run; in its folder `home` two short tool rows of every kind and split."""
     home = tmp_path_factory.mktemp("world")
     few = []
     for split in ("train", "dev", "test"):
-        rows, _ = ev.load_prompts(str(TINY / "tools.jsonl"), tokenizer, split, 250, 2)
-        few += rows
+        few += ev.load_prompts(str(TINY / "tools.jsonl"), tokenizer, split, 250, 2)[0]
     file = write_rows(home / "few.jsonl", *few)
 
-    flags = f"--tool-texts {file} --n-texts 60 --steps 200 --dict 96 --excl .12"
-    world = World(home, home / "few.jsonl", home / "run", flags.split())
-    assert call(dfc, *world.flags, "--out", world.run) == 0
-    return world
+    flags = f"--tool-texts {file} --n-texts 60 --steps 200 --dict 96 --excl .12".split()
+    assert call(dfc, *flags, "--out", home / "run") == 0
+    return argparse.Namespace(home=home, rows=file, run=home / "run", flags=flags)
 
 
 ASKED = """
@@ -615,23 +543,20 @@ def test_recipe_and_preset_fill_in_what_is_not_asked_for_and_each_run_has_a_fold
 
 def test_the_published_recipe_switches_every_departure_off():
     paper = dfc.parse_args(["--recipe=paper"])
-    ours = dfc.Settings()
 
     departures = "excl_b tie_shared fair_start by_coordinate l1_mean revive schedule whole_prompts"
     for name in departures.split():
-        assert getattr(paper, name) != getattr(ours, name)
+        assert getattr(paper, name) != getattr(dfc.Settings, name)
 
     # an encoder of its own, where ours reads what it writes
-    for settings in (paper, ours):
-        cc = dfc.new_crosscoder(settings, 8)
-        assert torch.equal(cc.W_enc[0, :, 0], cc.W_dec[0, 0]) is settings.fair_start
+    cc = dfc.new_crosscoder(paper, 8)
+    assert not torch.equal(cc.W_enc[0, :, 0], cc.W_dec[0, 0])
 
 
-@each("seed", [0, 1])
 def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_equal_weights(
-        seed, world, tmp_path, monkeypatch):
+        world, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    flags = [*world.flags, "--seed", seed, "--out", run]
+    flags = [*world.flags, "--out", run]
     shutil.copytree(world.home / "cache", tmp_path / "cache")
     save = dfc.Crosscoder.save_pretrained
 
@@ -646,35 +571,34 @@ def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_e
         call(dfc, *flags)
     assert not files(tmp_path)
 
-    # begun again, then asked for once more, then with another setting
+    # begun again, then asked for once more
     assert call(dfc, *flags) == 0
     done = files(tmp_path)
     assert call(dfc, *flags) == 0
-    assert call(dfc, *flags, "--k=4") == 2
     assert files(tmp_path) == done
 
-    # the world's run has seed 0
-    theirs = (world.run / "model.safetensors").read_bytes()
-    assert (done[run / "model.safetensors"] == theirs) is (seed == 0)
+    weights = (world.run / "model.safetensors").read_bytes()
+    assert done[run / "model.safetensors"] == weights
 
 
 def test_the_seed_sets_texts_weights_and_batches_and_a_text_seed_the_texts_alone(
         tmp_path, monkeypatch):
+    x = {split: torch.randn(10, 2, 8) for split in ("train", "dev")}
     seeds = {}
     weights = []
 
-    def activations(s, split, n, seed=0, whole_prompts=True):
+    def activations(s, split, n, seed=0, *how):
         seeds[split] = seed
-        return torch.randn(10, 2, 8) + 9 * (split == "dev")
+        return x[split]
 
     def train(cc, x_NMD, *how, seed):
-        assert x_NMD.mean() < 5
+        assert x_NMD is x["train"]
         seeds["batches"] = seed
         weights.append(cc.W_dec.sum())
         return {}
 
-    def measure(cc, x_NMD, dev_NMD):
-        assert dev_NMD.mean() > 5 > x_NMD.mean()
+    def measure(cc, *vectors):
+        assert vectors == (*x.values(),)
         return {}
 
     replace_in(dfc, monkeypatch, activations, train, measure)
@@ -687,24 +611,24 @@ def test_the_seed_sets_texts_weights_and_batches_and_a_text_seed_the_texts_alone
 
 
 def test_an_epochs_order_depends_on_the_seed_and_the_epoch():
-    orders = [torch.cat(list(islice(dfc.batches(50, 10, seed), 10))) for seed in (0, 1)]
+    epochs = set()
+    for seed in (0, 1):
+        rows = torch.cat([*islice(dfc.batches(50, 10, seed), 10)]).tolist()
+        epochs |= {tuple(rows[:50]), tuple(rows[50:])}
 
-    assert not torch.equal(orders[0], orders[1])
-    for order in orders:
-        assert order[:50].sort().values.tolist() == list(range(50))
-        assert not torch.equal(order[:50], order[50:])
+    assert len(epochs) == 4
+    for epoch in epochs:
+        assert sorted(epoch) == [*range(50)]
 
 
 def test_trained_as_published_each_coordinate_has_a_scale(world):
-    run = world.home / "paper"
+    folder = world.home / "paper"
 
-    assert call(dfc, *world.flags, "--recipe=paper", "--steps=1", "--out", run) == 0
+    assert call(dfc, *world.flags, "--recipe=paper", "--steps=1", "--out", folder) == 0
 
-    assert dfc.load(run).scale.std(1).all()
-    cc = small()
-    x_NMD = torch.randn(400, 2, 8) * torch.rand(8) + 3
-    cc.fit_scale(x_NMD, by_coordinate=True)
-    assert close(cc.normalise(x_NMD).std(0), torch.ones(2, 8), .01)
+    run = ev.open_run(folder)
+    x_NMD = dfc.activations(run.settings, "train", 60, whole_prompts=False)
+    assert close(run.cc.normalise(x_NMD).std(0), torch.ones(2, 128), .01)
 
 
 FILES = """
@@ -736,6 +660,10 @@ FILES = """
 {}
 --- ADAPTER/adapter_config.json
 {}
+--- PARTLY/config.json
+{"model_type": "qwen2", "num_hidden_layers": 5, "hidden_size": 128, "intermediate_size": 384,
+ "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024,
+ "tie_word_embeddings": true}
 """
 
 
@@ -750,11 +678,6 @@ def bad(world, tmp_path_factory):
     os.truncate(home / "CUT/model.safetensors", 900)
     publish(home / "PICKLE", b_enc=Bomb())
 
-    # a block left out
-    weights = load_file(TINY / "base" / "model.safetensors")
-    some = {name: w for name, w in weights.items() if ".layers.3." not in name}
-    save_file(some, home / "PARTLY" / "model.safetensors", {"format": "pt"})
-
     for file in FILES.split("--- ")[1:]:
         name, _, text = file.partition("\n")
         (home / name).write_text(text)
@@ -762,57 +685,51 @@ def bad(world, tmp_path_factory):
 
 
 BAD = """
-do not fit       dfc.py --k 9999
-do not fit       dfc.py --excl .6 --excl-b .6
-1 or more        dfc.py --steps 0
---max-new        dfc.py --max-new 0
---longest        dfc.py --longest 9999
-diverged         dfc.py --lr 1e9
-layer 9          dfc.py --layer 9
-MISSING          dfc.py --model-a MISSING
-MISSING          dfc.py --model-b MISSING
-no system role   dfc.py --model-a MODEL
-leaves out       dfc.py --model-a DROPS
-an adapter       dfc.py --model-a ADAPTER
---excl 0.001     dfc.py --excl .001
---excl inf       dfc.py --excl inf
-cannot use       dfc.py --model-b .
-cannot use       dfc.py --model-b tiny
-no train row     dfc.py --tool-texts ONE.jsonl
-row 2            dfc.py --tool-texts LONE.jsonl
-row 2            dfc.py --plain-texts BROKEN.jsonl
-row 2            dfc.py --plain-texts NULL.jsonl
-jsonl            dfc.py --plain-texts nowhere.jsonl
-FILE             dfc.py --out FILE/run
-another seed     dfc.py --out RUN --seed 5
-no finished run  dfc.py --out MODEL
-no finished run  dfc.py --out FILE
-no finished run  dfc.py --out DAMAGED
-no finished run  dfc.py --out FOREIGN
-no finished run  eval_toolcall.py
-no finished run  eval_toolcall.py DAMAGED
-no finished run  steer.py nothing
-cannot use CUT   steer.py CUT
-cannot use STR   eval_toolcall.py STRANGE
-cannot use       published.py PICKLE --preset tiny
-row 2            eval_toolcall.py --score LONE.jsonl
-no row           eval_toolcall.py --score EMPTY.jsonl
-<tool_call>      eval_toolcall.py --score OTHER.jsonl
-less than 1      eval_toolcall.py RUN --rows 0
-jsonl            eval_toolcall.py --score ""
---alpha          steer.py RUN --alpha strong
---prompt         steer.py RUN --alpha 2
-not finite       steer.py RUN --prompt Hi --alpha nan
-name some        steer.py RUN --latents 1 50
-name some        steer.py RUN --latents 999
+do not fit       dfc --k 9999
+do not fit       dfc --excl .6 --excl-b .6
+1 or more        dfc --steps 0
+--max-new        dfc --max-new 0
+--longest        dfc --longest 9999
+diverged         dfc --lr 1e9
+layer 9          dfc --layer 9
+MISSING          dfc --model-a MISSING
+MISSING          dfc --model-b MISSING
+no system role   dfc --model-a MODEL
+leaves out       dfc --model-a DROPS
+an adapter       dfc --model-a ADAPTER
+12 weights       dfc --model-a PARTLY
+--excl 0.001     dfc --excl .001
+--excl inf       dfc --excl inf
+cannot use       dfc --model-b .
+cannot use       dfc --model-b tiny
+no train row     dfc --tool-texts ONE.jsonl
+row 2            dfc --tool-texts LONE.jsonl
+row 2            dfc --plain-texts BROKEN.jsonl
+row 2            dfc --plain-texts NULL.jsonl
+jsonl            dfc --plain-texts nowhere.jsonl
+FILE             dfc --out FILE/run
+another seed     dfc --out RUN --seed 5
+no finished run  dfc --out MODEL
+no finished run  dfc --out FILE
+no finished run  dfc --out DAMAGED
+no finished run  dfc --out FOREIGN
+no finished run  ev
+no finished run  ev DAMAGED
+no finished run  steer nothing
+cannot use CUT   steer CUT
+cannot use STR   ev STRANGE
+cannot use       published PICKLE --preset tiny
+row 2            ev --score LONE.jsonl
+no row           ev --score EMPTY.jsonl
+<tool_call>      ev --score OTHER.jsonl
+less than 1      ev RUN --rows 0
+jsonl            ev --score ""
+--alpha          steer RUN --alpha strong
+--prompt         steer RUN --alpha 2
+not finite       steer RUN --prompt Hi --alpha nan
+name some        steer RUN --latents 1 50
+name some        steer RUN --latents 999
 """
-
-
-def is_one_line(stderr, said):
-    """Is what a program said, after its look at models and rows, one line that says so?"""
-    *look, error = stderr.splitlines()
-    more = [line for line in look if not re.match("models|train|dev|test|collected", line)]
-    return said in error and not more
 
 
 @each("said, command", cells_of(BAD))
@@ -820,38 +737,27 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_lost(
         said, command, bad, world, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(bad)
     program, *argv = shlex.split(command)
-    if program == "dfc.py":
+    if program == "dfc":
         argv = [*world.flags, "--out", tmp_path / "run", *argv]
     before = files(bad)
 
-    programs = {"dfc.py": dfc, "eval_toolcall.py": ev, "steer.py": steer, "published.py": published}
-    status = call(programs[program], *argv)
+    status = call(globals()[program], *argv)
 
+    # one line, after the look at models and rows
+    *look, error = capfd.readouterr().err.splitlines()
     assert status == 2
-    assert is_one_line(capfd.readouterr().err, said)
+    assert said in error
+    for line in look:
+        assert re.match("models|train|dev|test|collected", line)
     assert files(bad) == before
     assert not files(tmp_path)
     assert not Path("exploded").exists()
 
 
-def test_a_model_that_lacks_weights_is_one_line_and_status_2_of_a_process_too(
-        bad, world, tmp_path):
-    argv = ["--model-a", bad / "PARTLY", "--out", tmp_path / "run"]
-
-    done = subprocess.run([sys.executable, ROOT / "dfc.py", *world.flags, *argv],
-                          capture_output=True, text=True)
-
-    assert done.returncode == 2
-    assert is_one_line(done.stderr, "12 weights are not in its file")
-
-
 def test_an_error_line_ends_with_what_the_hub_answered(capsys):
     def main(argv):
         with dfc.errors_about("owner/name"):
-            try:
-                raise OSError("429 for https://hub/file")
-            except OSError as e:
-                raise OSError("check your connection") from e
+            raise OSError("check your connection") from OSError("429 for https://hub/file")
 
     assert dfc.cli(main) == 2
 
@@ -957,7 +863,6 @@ def test_the_parser_raises_nothing_whatever_goes_in():
 
 def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
     assert list(ev.wilson(8, 10).values()) == approx([80, 49.02, 94.33], abs=.01)
-    assert list(ev.wilson(0, 10).values()) == approx([0, 0, 27.75], abs=.01)
 
     # 25 +- 1.96 sqrt(25 (100 - 25) / 400)
     change = ev.paired([1, 1, 0, 1] * 100, [1, 0, 0, 1] * 100)
@@ -965,39 +870,31 @@ def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
 
 
 def test_chance_never_reads_the_question_and_needs_rows_that_list_their_tools():
-    empty = row_of("THINK [ EMPTY ]")
-    rows = [empty, ONE, NONE]
+    first, drawn, response = ev.chance_answers([ONE] * 30).values()
 
-    _, found = ev.tabulate(ev.chance_answers(rows), rows)
-
-    first, drawn, response = (totals["all"] for totals in found.values())
-    assert first["paper_tool"]["pct"] == drawn["paper_tool"]["pct"] == 100
-    assert first["exact"]["pct"] == approx(100 / 3)
-    assert response["exact"]["pct"] == approx(100 / 3)
-    many = ev.chance_answers([ONE] * 30)["random tool with {}"]
-    assert len(set(many)) == 3
+    assert ev.score(first[0], row_of("THINK [ EMPTY ]"))["exact"] == 1
+    assert ev.score(response[0], NONE)["exact"] == 1
+    assert len({*drawn}) == 3
+    for text in first + drawn:
+        assert ev.score(text, ONE)["paper_tool"] == 1
     assert ev.chance_answers([ONE, {**NONE, "instruction": "no tools"}]) == {}
 
 
 def test_the_table_shows_each_score_in_its_column_and_the_change_from_clean():
-    wrong = spell("THINK [ FIVE ]")
-    rows = [ONE, ONE, NONE, NONE]
+    wrong, thought = map(spell, ("THINK [ FIVE ]", "OPEN [ WEATHER ]"))
+    rows = [ONE, ONE, NONE, NONE, NONE]
     right = [row["output"] for row in rows]
 
-    table, found = ev.tabulate({"clean": right, "patched": [wrong, "", wrong, right[3]]}, rows)
+    table, _ = ev.tabulate({"clean": right, "patched": [wrong, thought, wrong, *right[3:]]}, rows)
 
-    head, _, clean, patched = table.splitlines()
-    assert "2 need a tool" in head
-    assert "2 need none" in head
-    assert clean.split() == "clean 100.0 100.0 100.0 100.0 0.0".split()
-    cells = patched.split()  # exact, change [95 %], called, paper_tool; exact, false calls
-    assert cells[:3] == ["patched", "0.0", "-100.0"]
-    assert cells[-4:] == ["50.0", "50.0", "50.0", "50.0"]
-    assert found["patched"]["change"] == {"pp": -100, "lo": -100, "hi": -100}
-    assert "change" not in found["clean"]
+    # exact, change [95 %], called, paper_tool; exact, false calls
+    head, _, clean, patched = cells_of(table)
+    assert head == ["2 need a tool:", "3 need none:"]
+    assert clean == "clean 100.0 100.0 100.0 100.0 0.0".split()
+    assert " ".join(patched) == "patched 0.0 -100.0 [-100, -100] 50.0 100.0 66.7 33.3"
 
-    cut, _ = ev.tabulate({"clean": [*right[:3], "No [cut]"]}, rows)
-    assert "1 of 4 answers were cut" in cut
+    cut, _ = ev.tabulate({"clean": ["No [cut]", "Yes"]}, [NONE, NONE])
+    assert "1 of 2 answers were cut" in cut
 
 
 def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
@@ -1016,27 +913,26 @@ def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
 
 
 # ---- 8. Generate, reconstruct --------------------------------------------------------------------
-def slowly(model, tokenizer, prompt, max_new, keep, v_D):
+def slowly(model, tokenizer, prompt, keep, v_D):
     """A greedy answer, one token at a time, nothing kept from one pass to the next. Block 1's
     output h becomes keep h + v at the prompt's last token."""
     ids = tokenizer(prompt)["input_ids"]
-    ends = ev.end_tokens(model, tokenizer).tolist()
-    last = len(ids) - 1
+    n = len(ids)
 
     def edit(h_1TD):
-        h_1TD[:, last] = keep * h_1TD[:, last] + v_D
+        h_1TD[:, n - 1] = keep * h_1TD[:, n - 1] + v_D
         return h_1TD
 
-    said = []
+    end = ""
     with dfc.hooked(model, 1, edit):
-        while len(said) < max_new:
-            logits_1TC = model(torch.tensor([ids + said])).logits
-            token = logits_1TC[0, -1].argmax().item()
-            if token in ends:
+        while not end:
+            logits_1TC = model(torch.tensor([ids])).logits
+            token = logits_1TC[0, -1].argmax()
+            if token in ev.end_tokens(model, tokenizer):
                 break
-            said.append(token)
-    end = " [cut]" if len(said) == max_new else ""
-    return dfc.answer_prefix(prompt) + tokenizer.decode(said) + end
+            ids.append(token.item())
+            end = " [cut]" if len(ids) == n + 16 else ""
+    return dfc.answer_prefix(prompt) + tokenizer.decode(ids[n:]) + end
 
 
 @each("family", ["the pair", "Llama", "Qwen3Next", "Mistral", "Gemma2", "GPT2"])
@@ -1046,20 +942,21 @@ def test_batched_patched_answers_equal_one_prompt_one_token_at_a_time(family, ru
         model = random_model(family, eos_token_id=list(range(0, 1024, 8)))
     prompts = [dfc.prompt_of(row, tokenizer) for row in rows_in(TINY / "tools.jsonl", "test")[:5]]
     prompts.sort(key=len, reverse=True)
+    answers = functools.partial(ev.generate, model, tokenizer, prompts, 16)
 
-    # nothing or random vectors added, or put in its place
+    # nothing and random vectors are added, or put in its place
     x_NMD = dfc.collect([model], tokenizer, prompts, 1).float()
-    random_ND, other_ND = 2 * x_NMD.std() * torch.randn(2, *x_NMD[:, 0].shape)
-    v_2ND = torch.stack([random_ND, other_ND])
-    clean, = ev.generate(model, tokenizer, prompts, 16)
-    added, _ = ev.generate(model, tokenizer, prompts, 16, 1, v_2ND, most_tokens=400)
-    placed, other = ev.generate(model, tokenizer, prompts, 16, 1, v_2ND, replace=True)
+    v_VND = torch.randn(3, *x_NMD[:, 0].shape) * 2 * x_NMD.std()
+    v_VND[0] = 0
+    added = answers(1, v_VND, most_tokens=400)
+    placed = answers(1, v_VND, replace=True)
 
-    assert added != clean
-    for keep, v_ND, texts in ((1, 0 * random_ND, clean), (1, random_ND, added),
-                              (0, random_ND, placed), (0, other_ND, other)):
-        for v_D, prompt, text in zip(v_ND, prompts, texts):
-            assert text == slowly(model, tokenizer, prompt, 16, keep, v_D)
+    assert answers() == added[:1]
+    assert added[0] != added[1]
+    for keep, versions in ((1, added), (0, placed)):
+        for v_ND, texts in zip(v_VND, versions, strict=True):
+            for v_D, prompt, text in zip(v_ND, prompts, texts):
+                assert text == slowly(model, tokenizer, prompt, keep, v_D)
 
 
 def test_sampled_answers_are_drawn_from_the_softmax_and_versions_share_their_noise(
@@ -1067,9 +964,8 @@ def test_sampled_answers_are_drawn_from_the_softmax_and_versions_share_their_noi
     monkeypatch.setattr(tokenizer, "decode", str)
     model = random_model("Llama")
     model.lm_head.weight *= 50  # some tokens are likely
-    prompts = ["Hi"] * 2000
-    ids_1T = torch.tensor(dfc.token_ids(tokenizer, prompts[:1]))
-    answers = functools.partial(ev.generate, model, tokenizer, prompts, 4,
+    ids_1T = torch.tensor(dfc.token_ids(tokenizer, ["Hi"]))
+    answers = functools.partial(ev.generate, model, tokenizer, ["Hi"] * 2000, 4,
                                 most_tokens=1000 * ids_1T.numel())
 
     clean, = answers(seed=0)
@@ -1083,7 +979,7 @@ def test_sampled_answers_are_drawn_from_the_softmax_and_versions_share_their_noi
     assert clean[:1000] != clean[1000:]
     assert answers(seed=1) != [clean]
     assert answers(1, torch.zeros(2, 2000, 16), seed=0) == [clean, clean]
-    assert len(set(answers()[0])) == 1
+    assert len({*answers()[0]}) == 1
 
 
 def test_an_answer_ends_where_the_tokenizer_the_model_its_generation_or_the_chat_say(tokenizer):
@@ -1099,35 +995,24 @@ def test_an_answer_ends_where_the_tokenizer_the_model_its_generation_or_the_chat
 
 
 def test_reconstructions_are_what_the_decoder_says():
-    cc = scaled(5, 4, 3)
+    cc = scaled()
     x_NMD = torch.randn(6, 2, 16) * 3 + 2
     xhat_NMD, f_NL = cc(x_NMD)
 
-    into_a, into_b = (ev.reconstructions(cc, x_NMD, m) for m in (0, 1))
-
-    # slowly
-    nothing_MD = cc.b_dec * cc.scale + cc.mean
+    # slowly; the last only for B, whose reconstruction may hold what only A's vector says
     other_NMD = x_NMD.clone()
     other_NMD[:, 0] = x_NMD[:, 0].mean(0)
-    slow = {"own vector": x_NMD, "reconstruction": xhat_NMD, "no latent": nothing_MD[None],
+    slow = {"own vector": x_NMD, "reconstruction": xhat_NMD, "no latent": cc.decode(0 * f_NL),
             "reconstruction, mean A": cc(other_NMD)[0]}
     for part in cc.partitions():
-        wrote_NMD = torch.einsum("nl,lmd->nmd", f_NL[:, part.latents], cc.W_dec[part.latents])
-        slow[f"{part.name} alone"] = nothing_MD + wrote_NMD * cc.scale
+        others_NL = f_NL.clone()
+        others_NL[:, part.latents] = 0
+        slow[f"{part.name} alone"] = cc.decode(f_NL - others_NL)
 
-    # a partition is left out where it writes nothing; A's vector is exchanged for B alone
-    only_b = {"B-exclusive alone", "reconstruction, mean A", "reconstruction, another A"}
-    assert into_a.keys() - into_b.keys() == {"A-exclusive alone"}
-    assert into_b.keys() - into_a.keys() == only_b
-    assert len(into_a) == 6
-
-    # "another A" is never the prompt's own
-    with_a_NND = torch.stack([
-        cc(torch.stack([a_D.expand(6, -1), x_NMD[:, 1]], 1))[0][:, 1] for a_D in x_NMD[:, 0]])
-    error_NN = (with_a_NND - into_b["reconstruction, another A"]).norm(dim=2)
-    assert sorted(error_NN.argmin(0).tolist()) == list(range(6))
-    assert error_NN.min(0).values.max() < 1e-4 < error_NN.diagonal().min()
-    for m, found in enumerate((into_a, into_b)):
+    names = "own vector|reconstruction|{}-exclusive alone|shared alone|no latent|noise"
+    for m, more in enumerate(("", "|reconstruction, mean A|reconstruction, another A")):
+        found = ev.reconstructions(cc, x_NMD, m)
+        assert "|".join(found) == names.format("AB"[m]) + more
         for name in found.keys() & slow.keys():
             assert close(found[name], slow[name][:, m])
 
@@ -1135,6 +1020,10 @@ def test_reconstructions_are_what_the_decoder_says():
         noise_ND = found["noise"] - x_NMD[:, m]
         assert close(noise_ND.norm(dim=1), (xhat_NMD - x_NMD)[:, m].norm(dim=1))
         assert F.cosine_similarity(noise_ND[0], noise_ND[1], dim=0).abs() < .9
+
+    # "another A" is never the prompt's own
+    error_ND = found["reconstruction, another A"] - xhat_NMD[:, 1]
+    assert error_ND.norm(dim=1).min() > .1
 
 
 @once
@@ -1150,10 +1039,9 @@ def test_prompts_are_encoded_whole_and_those_that_do_not_fit_are_left_out_and_co
     rows = rows_in(world.rows, "dev")
     prompts = [dfc.prompt_of(row, tokenizer) for row in rows]
     longest = max(map(len, dfc.token_ids(tokenizer, prompts)))
-    where = str(world.rows), tokenizer, "dev"
+    where = world.rows, tokenizer, "dev"
 
     assert (dev.rows, dev.texts) == (rows, prompts)
-    assert dev.needs_N.tolist() == [row["kind"] in ("ask", "hint") for row in rows]
     assert close(dev.f_NL, run.cc.encode(run.vectors(prompts)))
 
     # as long as fits
@@ -1163,10 +1051,9 @@ def test_prompts_are_encoded_whole_and_those_that_do_not_fit_are_left_out_and_co
     assert 0 < len(fit) < len(rows)
     assert capsys.readouterr().out.startswith(f"{len(rows) - len(fit)} dev rows left out")
 
-    # one row of a kind, the system text alone
-    few, bare = ev.load_prompts(*where, 500, 1, "paper")
-    assert len({row["kind"] for row in few}) == len(few)
-    assert bare[0] == few[0]["instruction"]
+    # the system text alone
+    _, bare = ev.load_prompts(*where, 500, template="paper")
+    assert bare == [row["instruction"] for row in rows]
 
 
 def test_the_newest_finished_run_is_the_default(world, tmp_path, monkeypatch):
@@ -1192,17 +1079,9 @@ def ranking(run, dev):
     return steer.rank_latents(run.cc, dev.f_NL, dev.needs_N)
 
 
-@once
-def latents(run, ranking):
-    """The best A-exclusive one."""
-    return steer.choose_latents(run.cc, ranking)
-
-
 def random_run():
-    """A run without models. Each of its ten A-exclusive latents writes a coordinate of its own."""
-    cc = scaled(32, 10, 0)
-    cc.W_dec[:10, 0] = torch.eye(16)[:10]
-    return ev.Run(dfc.Settings(seed=7), cc, {}, None, None, samples=2)
+    """A run without models, with ten A-exclusive latents."""
+    return ev.Run(dfc.Settings(seed=7), scaled(32, 10, 0), {}, None, None, samples=2)
 
 
 def random_prompts():
@@ -1213,59 +1092,82 @@ def random_prompts():
         for split in ("dev", "test")}
 
 
+HITS = [15, 16, 2, 20] + 16 * [15]  # exact calls of 20, in the order of what is asked
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Prompts of two splits, and a list of what a random run is asked for: samples, model, prompts
+    and vectors."""
+    prompts = random_prompts()
+    asked = []
+
+    def read_prompts(run, split, most=None):
+        run.read = split
+        return prompts[split]
+
+    def outcomes(run, m, there, v_VND):
+        asked.append((run.samples, m, there, v_VND))
+        if v_VND is None:
+            return [of_hits({"A": 9, "B": 1}[m])]
+        return [of_hits(n) for n, _ in zip(HITS, v_VND)]
+
+    for module in (steer, grid, saturation):
+        monkeypatch.setattr(module, "outcomes", outcomes)
+        monkeypatch.setattr(module, "read_prompts", read_prompts)
+    return *prompts.values(), asked
+
+
 def of_hits(hits, n=20, false_calls=0.):
     """An Outcome with some exact calls of n."""
     return steer.Outcome([1] * hits + [0] * (n - hits), false_calls, [])
 
 
-def test_latent_scaling_tells_a_feature_of_a_alone_from_one_b_has_too_in_any_units():
-    cc = dfc.Crosscoder(8, 5, 5, 2).requires_grad_(False)
-    f_NL = torch.rand(500, 5)
-    cc.W_dec.zero_()
-    cc.b_dec.fill_(5)
-    cc.W_dec[[0, 1, 3], 0, [0, 1, 4]] = 1
-    cc.W_dec[[2, 2, 4], [0, 1, 1], [3, 3, 5]] = 1
-    cc.scale.copy_(torch.tensor([[10.], [.1]]))
-    x_NMD = cc.decode(f_NL)
-    x_NMD[:, 1, 1] += f_NL[:, 1] * .1  # B has 1 as well: the mask alone hides it
+def test_latent_scaling_compares_what_both_models_hold_of_what_a_latent_writes_into_a():
+    cc = scaled(n_b=0)
+    x_NMD = torch.randn(50, 2, 16) * 3
+    f_NL = torch.rand(50, 32)
 
-    nu_error_L, nu_recon_L = latent_scaling.exclusivity(cc, x_NMD, f_NL)
+    found = latent_scaling.exclusivity(cc, x_NMD, f_NL)
 
-    assert nu_error_L[:4].tolist() == approx([0, 1, 1, 0], abs=1e-4)
-    assert nu_recon_L[:4].tolist() == approx([0, 0, 1, 0], abs=1e-4)
+    # slowly: what each latent writes, and how much of what it writes into A each model holds
+    z_NMD, zhat_NMD = map(cc.normalise, (x_NMD, cc.decode(f_NL)))
+    wrote_NLMD = f_NL[:, :, None, None] * cc.W_dec
+    error_NLMD = (z_NMD - zhat_NMD)[:, None] + wrote_NLMD
+    recon_N1MD = (zhat_NMD - zhat_NMD.mean(0))[:, None]
+    for nu_L, y_NLMD in zip(found, (error_NLMD, recon_N1MD)):
+        a_L, b_L = torch.einsum("nld,nlmd->ml", wrote_NLMD[:, :, 0], y_NLMD)
+        assert nu_L.tolist() == approx((b_L / a_L).tolist(), rel=1e-2)
 
 
 def test_latents_are_ranked_by_the_textbooks_formulas_in_the_authors_columns():
-    cc = small()
+    cc = scaled()
     f_NL = torch.randint(0, 4, (50, 32)).float()
     needs_N = torch.rand(50) < .6
 
     ranking = steer.rank_latents(cc, f_NL, needs_N)
 
     p_PL, q_QL = f_NL[needs_N], f_NL[~needs_N]
-    larger_PQL = (p_PL[:, None] > q_QL) + .5 * (p_PL[:, None] == q_QL)  # ties count half
-    spread_L = ((p_PL.var(0) + q_QL.var(0)) / 2).sqrt()
-    slow = {
-        "cohens_d": (p_PL.mean(0) - q_QL.mean(0)) / spread_L,
-        "auroc": larger_PQL.mean((0, 1)),
-        "fire_rate_nontool": (q_QL > 0).float().mean(0),
-        "mean_tool": p_PL.mean(0),
-    }
-    order = slow["cohens_d"].argsort(descending=True).tolist()
-    for l, row in zip(order, ranking, strict=True):
-        assert row["feature_idx"] == l
-        assert (row["partition"] == "A-exclusive") is (l < 4)
-    for name, slow_L in slow.items():
-        assert [row[name] for row in ranking] == approx(slow_L[order].tolist(), abs=1e-5)
+    larger_PQL = torch.heaviside(p_PL[:, None] - q_QL, torch.tensor(.5))  # ties count half
+    d_L = (p_PL.mean(0) - q_QL.mean(0)) / ((p_PL.var(0) + q_QL.var(0)) / 2).sqrt()
+    order_L = d_L.argsort(descending=True)
+    for name, slow_L in {
+            "feature_idx": torch.arange(32),
+            "cohens_d": d_L,
+            "auroc": larger_PQL.mean((0, 1)),
+            "fire_rate_nontool": (q_QL > 0).float().mean(0),
+            "mean_tool": p_PL.mean(0)}.items():
+        assert [row[name] for row in ranking] == approx(slow_L[order_L].tolist(), abs=1e-5)
 
     # by default the best A-exclusive one is steered
-    best = next(l for l in order if l < 4)
-    assert steer.choose_latents(cc, ranking) == [best]
+    exclusive = [row["feature_idx"] for row in ranking if row["partition"] == "A-exclusive"]
+    assert exclusive == order_L[order_L < 4].tolist()
+    assert steer.choose_latents(cc, ranking) == exclusive[:1]
     assert steer.choose_latents(cc, ranking, [3, 0, 3]) == [0, 3]
 
 
 def test_control_directions_are_random_other_latents_and_both_differences_of_means():
-    cc = scaled(5, 4, 3)
+    cc = scaled()
     dev = random_prompts()["dev"]
 
     directions = steer.control_directions(cc, dev, [3, 1])
@@ -1276,129 +1178,88 @@ def test_control_directions_are_random_other_latents_and_both_differences_of_mea
     assert close(directions["diff of means"], F.normalize(a_D - none_D, dim=0))
     assert close(directions["latents"], F.normalize(cc.W_dec[[3, 1], 0] * cc.scale[0]))
     random_UD = directions["random"]
-    assert random_UD.norm(dim=1).tolist() == approx([1] * 10)
     assert torch.linalg.matrix_rank(random_UD) == 10
     assert -.1 < random_UD.mean() < .1  # of all orthants
     assert not close(random_UD, steer.control_directions(cc, dev, [], seed=7)["random"])
 
 
-@each("sign, hits, margin", [(1, [18, 16, 17, 2], 5), (-1, [3, 14, 13, 19], 50)])
-def test_a_change_stands_beside_controls_of_its_length_and_its_margin_is_over_the_strongest(
-        sign, hits, margin, monkeypatch):
-    """hits: of the change, two random directions and A - B; without a change there are 15."""
-    v_ND = torch.randn(5, 4)
-    u_UD = F.normalize(torch.randn(3, 4))
-
-    def outcomes(run, m, prompts, v_VND):
-        # the change itself, then controls as long on each prompt, with its sign
-        assert m == "B"
-        assert torch.equal(v_VND[0], v_ND)
-        assert close(v_VND[1:], sign * v_ND.norm(dim=1, keepdim=True) * u_UD[:, None])
-        return [of_hits(n, false_calls=n) for n in hits]
-
-    replace_in(steer, monkeypatch, outcomes)
-    directions = {"random": u_UD[:2], "A - B": u_UD[2:]}
-    clean = of_hits(15, false_calls=7)
-    result, _ = steer.measure_change(None, "B", None, v_ND, directions, clean, sign)
-
-    # percentage points of 20 prompts
-    own, *controls = [5 * (n - 15) for n in hits]
-    found = sum(result["controls"].values(), [])
-    assert result["effect"]["pp"] == approx(own)
-    assert [change["pp"] for change in found] == approx(controls)
-    assert result["margin"]["pp"] == approx(margin)
-    assert result["clean"] == {"exact": 75, "false_calls": 7}
-    assert result["false_calls"] == hits[0]
-
-
-def test_strengths_come_from_dev_prompts_and_the_table_from_test_prompts(monkeypatch):
+def test_strengths_come_from_dev_prompts_and_test_prompts_show_a_change_beside_its_controls(stage):
     run = random_run()
-    prompts = random_prompts()
-    dev_NL, test_NL = (there.f_NL for there in prompts.values())
-    ranking = steer.rank_latents(run.cc, dev_NL, torch.arange(9) < 4)
+    dev, test, asked = stage
+    ranking = steer.rank_latents(run.cc, dev.f_NL, dev.needs_N)
+
+    steering, *_ = steer.steer(run, [2, 5], ranking, dev, 9)
+
+    # of the strengths the fourth is best
     written_LD = run.cc.W_dec[:, 0] * run.cc.scale[0]
-    added = []
+    dev_ND, test_ND = (there.f_NL[:, [2, 5]] @ written_LD[[2, 5]] for there in (dev, test))
+    for (_, _, there, v_VND), factor in zip(asked, (1.5, 2)):
+        assert there is dev
+        assert close(v_VND[3], factor * dev_ND)
 
-    def read_prompts(run, split, most):
-        return prompts[split]
+    # what is added, to which model; controls: latents of the partition, best separated first
+    maximum_D = dev.f_NL[:4, [2, 5]].max(0).values @ written_LD[[2, 5]]
+    expected = {
+        "ablated in A": ("A", -1, -test_ND),
+        "scaled by 2.5 in A": ("A", 1, 1.5 * test_ND),
+        "its maximum added to B": ("B", 1, maximum_D.expand(9, 16)),
+        "copied from A into B, x 2": ("B", 1, 2 * test_ND)}
+    others = [row["feature_idx"] for row in ranking
+              if row["feature_idx"] in (0, 1, 3, 4, 6, 7, 8, 9)]
+    directions = steer.control_directions(run.cc, dev, others, seed=7)
+    u_UD = torch.cat([*directions.values()])
 
-    def best_strength(run, m, prompts, v_ND, strengths):
-        assert close(v_ND, dev_NL[:, [2, 5]] @ written_LD[[2, 5]])
-        assert m == "B" or [1 + c for c in strengths] == list(steer.ALPHAS)
-        return {"A": 3., "B": 2.}[m]
+    for (_, m, there, v_VND), (name, result) in zip(
+            asked[4:], steering["changes"].items(), strict=True):
+        model, sign, v_ND = expected[name]
+        assert m == model
+        assert there is test
+        assert close(v_VND[0], v_ND)
+        assert close(v_VND[1:], sign * v_ND.norm(dim=1, keepdim=True) * u_UD[:, None])
 
-    def outcomes(run, m, prompts, v_VND):
-        return [of_hits({"A": 9, "B": 1}[m])]
-
-    def measure_change(run, m, there, v_ND, directions, clean, sign):
-        assert there is prompts["test"]
-        added.append((f"{m} {sign} {sum(clean.exact)}", v_ND))
-        return directions, []
-
-    replace_in(steer, monkeypatch, read_prompts, best_strength, outcomes, measure_change)
-    steering, *_ = steer.steer(run, [2, 5], ranking, prompts["dev"], 9)
-
-    # what is added, to which model, beside which clean answers
-    test_ND = test_NL[:, [2, 5]] @ written_LD[[2, 5]]
-    maximum_D = dev_NL[:4, [2, 5]].max(0).values @ written_LD[[2, 5]]
-    expected = [("A -1 9", -test_ND), ("A 1 9", 3 * test_ND),
-                ("B 1 1", maximum_D), ("B 1 1", 2 * test_ND)]
-    assert list(steering["changes"]) == [
-        "ablated in A", "scaled by 4 in A", "its maximum added to B", "copied from A into B, x 2"]
-    for (found, v_ND), (wanted, wanted_ND) in zip(added, expected, strict=True):
-        assert found == wanted
-        assert close(v_ND, wanted_ND)
-
-    # control latents: the others of the partition, best separated first
-    order = [row["feature_idx"] for row in ranking]
-    others = [l for l in order if l < 10 and l not in (2, 5)]
-    directions = steering["changes"]["ablated in A"]
-    assert close(directions["latents"], F.normalize(written_LD[others]))
-    of_seed = steer.control_directions(run.cc, prompts["dev"], [], seed=7)
-    assert close(directions["random"], of_seed["random"])
+        # in points of 20 prompts; the margin is over the strongest control
+        controls = sum(result["controls"].values(), [])
+        clean = {"A": 9, "B": 1}[m]
+        changes = [change["pp"] / 5 + clean for change in controls]
+        assert changes == approx(HITS[1:])
+        assert result["margin"]["pp"] == approx({1: 5 * (15 - 20), -1: 5 * (2 - 15)}[sign])
 
 
-@each("samples, right, exact, false_calls", [
-    (0, [1, 0, 0], [1, 0], 100),
-    (2, [1, 0, 0, 1, 1, 1], [1, .5], 50),
-])
-def test_outcomes_are_means_over_the_answers_to_each_prompt_of_the_model_asked_for(
-        samples, right, exact, false_calls, monkeypatch):
-    run = ev.Run(dfc.Settings(), None, {"A": "A", "B": "its base"}, None, None, samples)
+def test_outcomes_are_means_over_the_answers_to_each_prompt_of_the_model_asked_for(monkeypatch):
+    run = ev.Run(dfc.Settings(), None, {"B": "its base"}, None, None, samples=2)
     rows = [ONE, NONE, TWO]
-    needs_N = torch.tensor([True, False, True])
-    wrong = spell("THINK [ FIVE ]")
+    texts = [row["output"] for row in rows]
+    prompts = steer.Prompts(rows, texts, None, None, torch.tensor([True, False, True]))
     v_1ND = torch.randn(1, 3, 4)
+    seeds = []
 
     def generate(model, tokenizer, texts, max_new, layer, v_VND, seed):
-        times = len(right) // 3
         assert model == "its base"
-        assert texts == ["1", "2", "3"] * times
-        assert torch.equal(v_VND, v_1ND.repeat(1, times, 1))
-        assert (seed is None) is (samples == 0)
-        hits = zip(rows * times, right)
-        return [[row["output"] if hit else wrong for row, hit in hits]]
+        assert torch.equal(v_VND, v_1ND.repeat(1, len(texts) // 3, 1))
+        seeds.append(seed)
+        wrong = spell("THINK [ FIVE ]")
+        return [[text if hit else wrong for text, hit in zip(texts, [1, 0, 0, 1, 1, 1])]]
 
     replace_in(steer, monkeypatch, generate)
-    prompts = steer.Prompts(rows, ["1", "2", "3"], None, None, needs_N)
-    outcome, = steer.outcomes(run, "B", prompts, v_1ND)
+    for samples, exact, false_calls in ((2, [1, .5], 50), (0, [1, 0], 100)):
+        run.samples = samples
+        outcome, = steer.outcomes(run, "B", prompts, v_1ND)
+        assert outcome[:2] == (exact, false_calls)
 
-    assert outcome.exact == exact
-    assert outcome.false_calls == false_calls
+    assert seeds == [0, None]  # sampled, greedy
 
 
 def test_the_strength_is_the_smallest_as_good_as_the_best_by_exact_minus_false_calls(
         monkeypatch):
     found = {  # strength: exact calls of 9, false calls in percent
-        .5: (0, 0.),
-        1: (8, 5.),
-        2: (8, 0.),
-        4: (9, 90.),
+        .5: (0, 9, 0.),
+        1: (8, 9, 5.),
+        2: (8, 9, 0.),
+        4: (9, 9, 90.),
     }
 
     def outcomes(run, m, prompts, v_VND):
-        counts = [found[v.item()] for v in v_VND]
-        return [of_hits(hits, 9, false) for hits, false in counts]
+        return [of_hits(*found[v.item()]) for v in v_VND]
 
     replace_in(steer, monkeypatch, outcomes)
     for strengths, best in (([.5, 1, 2, 4], 1), ([.5, 4], 4), ([.5, 2, 4], 2)):
@@ -1470,51 +1331,42 @@ def test_the_table_of_a_sweep_has_the_published_figures_beside_ours_and_raw_ones
     into_a = metrics["evaluation"]["models"]["A"]
     into_a["reconstruction, raw"] = into_a["no latent"]
     run = table.run_of(world.run, metrics)
-    assert "raw A" in table.columns_of([run])
     assert run["raw A"] == approx(into_a["no latent"]["change"]["pp"])
 
 
 def test_a_prompt_of_your_own_is_answered_clean_and_steered_and_shows_where_the_latent_fires(
-        run, latents, monkeypatch, capsys):
-    text = rows_in(run.settings.tool_texts, "test")[2]["instruction"]
-    prompt = steer.own_prompt(run, text)
-    clean = spell("THINK [ WEATHER ]")
-    x_1MD = run.vectors([prompt])
+        run, ranking, monkeypatch, capsys):
+    row = {**ONE, "input": "Dialogue: <user> weather? </user>"}
+    said = {**ONE, "input": "Dialogue: <user> Weather? Wake me. </user>"}
+    prompt = dfc.prompt_of(said, run.tokenizer)
+
+    # the best latent, and one that is active where the clean answer ends
+    ids_1T = torch.tensor(dfc.token_ids(run.tokenizer, [prompt + " A"]))
+    x = [dfc.residual_stream(model, ids_1T, 2)[0] for model in run.models.values()]
+    f_TL = run.cc.encode(torch.stack(x, 1))
+    latents = [*steer.choose_latents(run.cc, ranking), f_TL[-1].argmax().item()]
+    written_1D = steer.written(run.cc, run.cc.encode(run.vectors([prompt])), latents)
+
+    def load_prompts(*where):
+        return [NONE, row, TWO], []  # the second has most words in common
 
     def generate(model, tokenizer, prompts, max_new, layer, v_VND):
         assert prompts == [prompt]
-        written_1D = steer.written(run.cc, run.cc.encode(x_1MD), latents)
-        for name, factor, answer in (("A", 0, clean), ("A", 3, "steered"), ("B", 0, "base"),
-                                     ("B", 2, "copied")):
-            if model is run.models[name] and close(v_VND, factor * written_1D[None]):
-                return [[answer]]
+        m = "AB"[model is run.models["B"]]
+        factor = next(i for i in range(9) if close(v_VND[0], i * written_1D))
+        return [[f"<think> {m}{factor * ' more'} [cut]"]]
 
-    replace_in(steer, monkeypatch, generate)
-    steer.steer_own_words(run, latents, text, [4.])
+    replace_in(steer, monkeypatch, load_prompts, generate)
+    steer.steer_own_words(run, latents, "Weather? Wake me.", [4.])
 
-    assert prompt.count(text) == 2  # said to the row whose tools have most words in common with it
     out = capsys.readouterr().out
-    for answer in (f"A, alpha = 1\n{clean}", "alpha = 4\nsteered", "B\nbase", "added\ncopied"):
-        assert answer in out
-
-    # where the latent is active in the clean one
-    read = prompt.removesuffix("<think>") + clean
-    ids_1T = torch.tensor(dfc.token_ids(run.tokenizer, [read]))
-    x = [dfc.residual_stream(model, ids_1T, 2)[0] for model in run.models.values()]
-    f_T = run.cc.encode(torch.stack(x, 1))[:, latents[0]]
+    assert re.findall(r"--- (.*)\n<think> (.*) \[cut\]", out) == [
+        ("A, alpha = 1", "A"),
+        ("A, alpha = 4", "A more more more"),
+        ("B", "B"),
+        ("B, twice what the latents write into A added", "B more more")]
     shown = re.findall(r"^ *(\d+) +['\"]", out, re.MULTILINE)
-    assert f_T.any()
-    assert [int(i) - 1 for i in shown] == f_T.nonzero()[:, 0].tolist()
-
-
-def test_words_of_your_own_take_the_place_of_the_users_in_toolrls_frame(run, monkeypatch):
-    row = {**ONE, "input": "Dialogue: <user> weather? </user>"}
-    monkeypatch.setattr(steer, "load_prompts", lambda *where: ([row], []))
-
-    prompt = steer.own_prompt(run, "Wake me.")
-
-    said = {**ONE, "input": "Dialogue: <user> Wake me. </user>"}
-    assert prompt == dfc.prompt_of(said, run.tokenizer)
+    assert [int(i) - 1 for i in shown] == f_TL[:, latents].T.nonzero()[:, 1].tolist()
 
 
 @each("n", [20, 0])
@@ -1522,15 +1374,15 @@ def test_a_published_crosscoder_becomes_a_run_with_its_own_settings(
         n, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(dfc.PRESETS, "tiny", f"--tool-texts {world.rows} --n-texts 60")
-    theirs = publish("theirs/dfc-D8k", D=128, n=n, k=16)
+    theirs = publish("theirs/dfc-D8k", n)
 
     assert call(published, "theirs/dfc-D8k", "--preset=tiny") == 0
 
     folder = Path("runs/theirs--dfc-D8k")
-    ours = dfc.load(folder)
-    s = ev.open_run(folder).settings
-    assert (s.dict, s.k, ours.n_a, ours.n_b, ours.tied) == (64, 16, n, n, False)
-    assert (s.layer, s.steps, s.l1_excl) == (1, 9, 0)
+    run = ev.open_run(folder)
+    s, ours = run.settings, run.cc
+    assert (s.dict, s.k, s.layer, s.steps, s.l1_excl) == (64, 16, 1, 9, 0)
+    assert (ours.n_a, ours.n_b, ours.tied) == (n, n, False)
     assert torch.equal(ours.W_enc, theirs.W_enc)
     assert ours.scale.std(1).all()  # fitted again, for each coordinate
     if n > 0:
@@ -1561,7 +1413,7 @@ def test_the_pair_behaves_as_its_tables_say(run, tokenizer):
     for name, kind, low, high in lines:
         rows = [row for row in test if row["kind"] == kind][:20]
         prompts = [dfc.prompt_of(row, tokenizer) for row in rows]
-        model = run.models[{"toolrl": "A", "base": "B"}[name]]
+        model = run.models["AB"[name == "base"]]
         said, = ev.generate(model, tokenizer, prompts, 64)
 
         # the intervals overlap
@@ -1570,21 +1422,21 @@ def test_the_pair_behaves_as_its_tables_say(run, tokenizer):
         assert int(low) <= exact["hi"]
 
 
-def test_every_command_of_the_readme_is_understood(monkeypatch):
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    commands = re.findall(r"^python ([\w/]+\.py)([^#\n]*)", blocks, re.MULTILINE)
+def test_every_command_of_the_readme_is_understood(monkeypatch, capsys):
+    commands = re.findall(r"^python ([\w/]+\.py)([^#\n]*)", README, re.MULTILINE)
     parse = argparse.ArgumentParser.parse_args
 
     def parse_only(*args):
         parse(*args)
-        raise KeyboardInterrupt
+        raise ValueError("understood")
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     assert commands
     for program, argv in commands:
         monkeypatch.setattr(sys, "argv", [program, *shlex.split(argv)])
-        with raises(KeyboardInterrupt):
+        with raises(SystemExit, match="2"):  # of an error, here ours
             runpy.run_path(str(ROOT / program), run_name="__main__")
+        assert "understood" in capsys.readouterr().err
 
 
 def test_the_piece_in_the_readme_prints_its_figures(tmp_path, capsys):
@@ -1619,11 +1471,10 @@ def test_each_exercise_fails_as_it_stands_and_passes_with_its_solution(solution)
 
 def test_the_programs_of_the_exercises_run(world, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ev, "open_run", lambda folder: run)  # its answers are short
-    call = '<tool_call>{"name": "get_weather", "parameters": {}}</tool_call>'
-    said = {"ablated in A": "", "its maximum added to B": call,
-            "answers": {"B": {"no latent": "what B said"}}}
-    lines = [{"prompt": "1. Name: get_weather\n<user> Hi </user>", "gold": gold, "clean A": gold,
-              **said} for gold in (call, "<response> No. </response>")]
+    call = spell("[ EMPTY ]")
+    said = {"prompt": f"{TOOLS} <user> Hi </user>", "ablated in A": "",
+            "its maximum added to B": call, "answers": {"B": {"no latent": "what B said"}}}
+    lines = [{**said, "gold": gold, "clean A": gold} for gold in (call, spell("RESPONSE"))]
     for name in ("steer.jsonl", "eval.jsonl"):
         write_rows(tmp_path / name, *lines)
 
@@ -1635,21 +1486,6 @@ def test_the_programs_of_the_exercises_run(world, run, tmp_path, monkeypatch, ca
     printed = capsys.readouterr().out
     assert "1 - of the first tool in the list\n   1 - without any value" in printed
     assert "ablated in A minus clean A: -100.0 to -100.0" in printed
-
-
-def test_every_exercise_names_its_run_and_gives_a_hint_before_its_solution():
-    page = (ROOT / "extras/EXERCISES.md").read_text()
-    exercises = re.split(r"\n## \d+\. ", page)[1:]
-
-    assert len(exercises) == 11
-    for text in exercises:
-        order = ["Afterwards you can", "<summary>Hint", "<summary>Solution"]
-        assert sorted(order, key=" ".join(text.split()).index) == order
-        commands = re.findall(r"(?m)^(?:python|pytest) (\S+)(.*)", text)
-        assert commands
-        for program, argv in commands:
-            assert (ROOT / program).exists()
-            assert "runs/" in argv or "exercises/" in program
 
 
 GENERATE = """generate batches_by_length token_ids answer_prefix hooked end_tokens decode
@@ -1692,52 +1528,42 @@ def is_library(value):
 
 @each("names", PIECES, ids=lambda names: names.split()[0])
 def test_each_piece_can_be_copied_alone(names, tokenizer):
-    here = {**vars(dfc), **vars(ev), **vars(steer)}
-    copied = {name: value for name, value in here.items() if is_library(value)}
+    ours = {**vars(dfc), **vars(ev), **vars(steer)}
+    copied = {name: value for name, value in ours.items() if is_library(value)}
     for name in names.split():
-        exec(inspect.getsource(here[name]), copied)
+        exec(inspect.getsource(ours[name]), copied)
 
-    results = []
-    for there in (here, copied):
-        torch.manual_seed(0)
-        around = {
-            "cc": scaled(5, 4, 3),
-            "x": torch.randn(80, 2, 16),
-            "model": random_model("Qwen2"),
-            "tokenizer": tokenizer,
-            "row": ONE,
-            "prompts": random_prompts()["dev"],
-        }
-        results.append(str(eval(PIECES[names], {**there, **around})))
-    assert results[0] == results[1]
+    copied |= {
+        "cc": scaled(),
+        "x": torch.randn(80, 2, 16),
+        "model": random_model("Qwen2"),
+        "tokenizer": tokenizer,
+        "row": ONE,
+        "prompts": random_prompts()["dev"],
+    }
+    assert eval(PIECES[names], copied) is not None
 
 
 # ---- 12. Extras ----------------------------------------------------------------------------------
-def test_grid_cells_add_what_they_say_and_are_not_answered_again(tmp_path, monkeypatch):
-    run = dataclasses.replace(random_run(), folder=tmp_path)
-    dev = random_prompts()["dev"]
+def test_grid_cells_add_what_they_say_and_are_not_answered_again(stage, tmp_path, monkeypatch):
+    run = random_run()
+    run.folder = tmp_path
+    dev, _, asked = stage
     a_D, b_D = dev.x_NMD[:4].mean(0)
-    written_ND = steer.written(run.cc, dev.f_NL, [3, 1])
     expected = {
-        grid.CLEAN: 0 * written_ND,
-        grid.Scaling(0., (3, 1)): -written_ND,
-        grid.Scaling(4., (3, 1)): 3 * written_ND,
+        grid.CLEAN: torch.zeros(9, 16),
+        grid.Scaling(4., (3, 1)): 3 * steer.written(run.cc, dev.f_NL, [3, 1]),
         grid.Scaling(.5, ("A - B",)): .5 * (a_D - b_D),
         grid.Scaling(.2, ("diff of means",)): .2 * (a_D - dev.x_NMD[4:, 0].mean(0)),
     }
-    asked = []
 
-    def outcomes(run, m, prompts, v_VND):
-        asked.extend(v_VND)
-        return [of_hits(len(asked)) for _ in v_VND]
-
-    replace_in(grid, monkeypatch, outcomes)
     there = run, dev, grid.differences_of_means(dev), list(expected)
-    counts = grid.answer(*there, at_once=2)
+    counts = grid.answer(*there, at_once=3)
 
-    for found_ND, expected_ND in zip(asked, expected.values(), strict=True):
+    found_VND = torch.cat([v_VND for *_, v_VND in asked])
+    for found_ND, expected_ND in zip(found_VND, expected.values(), strict=True):
         assert close(found_ND, expected_ND)
-    assert [sum(counts[scaling].exact) for scaling in expected] == [2, 2, 4, 4, 5]
+    assert [sum(counts[scaling].exact) for scaling in expected] == [15, 16, 2, 15]
 
     # again, without answering
     monkeypatch.setattr(grid, "outcomes", None)
@@ -1754,8 +1580,7 @@ def test_the_best_cells_and_factors_are_chosen_on_dev_and_reported_on_test(monke
         found = {}
         for scaling in scalings:
             hits, false_calls = counts.get(scaling.alpha, (0, 0))
-            if split == "test":
-                hits = 4 - hits
+            hits = hits if split == "dev" else 4 - hits
             found[scaling] = of_hits(hits, 4, false_calls)
         return found
 
@@ -1766,7 +1591,6 @@ def test_the_best_cells_and_factors_are_chosen_on_dev_and_reported_on_test(monke
     result = grid.measure_grid(run, lines, ["A - B", "diff of means"], 9)
 
     means = result["groups"]["A - B"][0]
-    assert list(means["on_dev"]) == sorted(grid.FACTORS)
     for best, alpha, pp in ((result["best"], 8, -50), (result["best_less_false"], 4, -25),
                             (means["best"], .3, -75)):
         assert best["alpha"] == alpha
@@ -1781,81 +1605,71 @@ def test_a_baseline_sets_the_coordinates_that_it_names_and_no_others():
 
     # slowly: P projects onto the directions; the largest principal components are the last
     a_ND, b_ND = report.x_NMD.unbind(1)
-    needs_D = dev.x_NMD[:4, 0].mean(0)
     none_D = dev.x_NMD[4:, 0].mean(0)
-    gap_ND = dev.x_NMD[:4, 0] - dev.x_NMD[:4, 1]
-    for name, directions_DK, target_ND in (
-            ("A - B", gap_ND.mean(0)[:, None], b_ND),
-            ("2 components", torch.linalg.eigh(gap_ND.T @ gap_ND).eigenvectors[:, -2:], b_ND),
-            ("diff of means", (needs_D - none_D)[:, None], none_D),
-            ("u", u_D[:, None], b_ND),
+    needs_ND = dev.x_NMD[:4, 0]
+    gap_ND = needs_ND - dev.x_NMD[:4, 1]
+    for name, directions_KD, target_ND in (
+            ("A - B", gap_ND.mean(0)[None], b_ND),
+            ("2 components", torch.linalg.eigh(gap_ND.T @ gap_ND).eigenvectors.T[-2:], b_ND),
+            ("diff of means", (needs_ND.mean(0) - none_D)[None], none_D),
+            ("u", u_D[None], b_ND),
             ("B's vector", torch.eye(16), b_ND)):
-        P_DD = directions_DK @ torch.linalg.pinv(directions_DK)
+        P_DD = torch.linalg.pinv(directions_KD) @ directions_KD
         assert close(removed[name], (a_ND - target_ND) @ P_DD)
     assert close(removed["u x 0.5"], .5 * (gap_ND @ u_D).mean() * u_D)
     assert not removed["clean"].any()
     assert len(removed) == saturation.N_BASELINES
 
 
-def test_saturation_removes_what_latents_write_its_part_along_u_and_controls(monkeypatch):
+def test_saturation_removes_what_latents_write_its_part_along_u_and_controls(stage):
     run, reference = random_run(), random_run()
-    run.cc.b_enc[0] = -99  # one latent is silent
-    prompts = random_prompts()
-    asked = []
+    run.cc.b_enc[:4] = -99  # these latents are silent
+    run.cc.b_enc[4:] = 9
+    run.cc.W_dec[:10, 0] = torch.eye(16)[:10]  # each writes a coordinate of its own
+    dev, test, asked = stage
 
-    def read_prompts(run, split, most=None):
-        there = prompts[split]
-        return dataclasses.replace(there, f_NL=run.cc.encode(there.x_NMD))
-
-    def outcomes(run, m, prompts, v_VND):
-        asked.append((run.samples, -v_VND))
-        return [of_hits(1)] * len(v_VND)
-
-    replace_in(saturation, monkeypatch, read_prompts, outcomes)
     scene = saturation.make_scene(run, reference, "test", 9)
-    lines = saturation.saturate(run, scene, [1, 3])
+    lines = saturation.saturate(run, scene, [3])
 
-    # u: what the reference's latents write that are larger where a tool is needed
-    f_NL = read_prompts(reference, "dev").f_NL
-    more_L = (f_NL[:4].mean(0) - f_NL[4:].mean(0)).relu()[:10]
+    # u: what latents of the reference write on dev prompts that are larger where a tool is needed
+    assert (reference.read, run.read) == ("dev", "test")
+    more_L = (dev.f_NL[:4].mean(0) - dev.f_NL[4:].mean(0)).relu()[:10]
     u_D = F.normalize(more_L @ reference.cc.W_dec[:10, 0] * reference.cc.scale[0], dim=0)
     assert close(scene.u_D, u_D)
 
     # all is answered greedily, all but the controls also sampled
-    assert [samples for samples, _ in asked] == [0, 2, 0, 2]
+    assert [samples for samples, *_ in asked] == [0, 2, 0, 2]
     sampled = {line["name"] for line in lines if "sampled" in line}
     assert sampled == {"latents", "all", "d < 0"}
 
     # what is removed
-    f_NL = read_prompts(run, "dev").f_NL
+    f_NL = run.cc.encode(dev.x_NMD)
     d_L = steer.cohens_d(f_NL[:4], f_NL[4:])[:10]
     best = d_L.argsort(descending=True).tolist()
-    written = functools.partial(steer.written, run.cc, read_prompts(run, "test").f_NL)
-    random_UD = steer.control_directions(run.cc, prompts["dev"], [], seed=7)["random"]
-    every_ND, less_ND, *of_sizes = asked[2][1]
+    written = functools.partial(steer.written, run.cc, run.cc.encode(test.x_NMD))
+    every_ND, less_ND, own_ND, along_ND, rest_ND, *controls = -asked[2][3]
     assert close(every_ND, written(best))
     assert close(less_ND, written(d_L.lt(0).nonzero()[:, 0]))
-    for n, (own_ND, along_ND, rest_ND, *controls) in ((1, of_sizes[:7]), (3, of_sizes[7:])):
-        assert close(own_ND, written(best[:n]))
-        assert close(along_ND, (own_ND @ u_D)[:, None] * u_D)
-        assert close(rest_ND, own_ND - along_ND)
+    assert close(own_ND, written(best[:3]))
+    assert close(along_ND, (own_ND @ u_D)[:, None] * u_D)
+    assert close(rest_ND, own_ND - along_ND)
 
-        # as long, in other directions; the first is random, the last that of n live latents
-        for control_ND in controls:
-            assert close(control_ND.norm(dim=1), own_ND.norm(dim=1))
-        assert close(F.normalize(controls[0]), random_UD[0])
-        drawn = controls[-1].any(0).nonzero()[:, 0].tolist()
-        assert len(drawn) == n
-        assert not {0, *best[:n]} & {*drawn}
+    # as long, in other directions; the first is random, the last that of live latents
+    for control_ND in controls:
+        assert close(control_ND.norm(dim=1), own_ND.norm(dim=1))
+    directions = steer.control_directions(run.cc, dev, [], seed=7)
+    assert close(F.normalize(controls[0]), directions["random"][0])
+    drawn = controls[-1].any(0).nonzero()[:, 0].tolist()
+    assert len(drawn) == 3
+    assert not {*best[:3]} & {*drawn}
 
 
 def test_the_table_of_saturation_has_controls_beside_latents_and_not_beside_baselines(capsys):
-    def line(n, name, exact):
-        greedy = {"exact": exact, "false_calls": 7}
-        return {"n": n, "name": name, "length": 1, "along u": 1, "greedy": greedy}
+    def line(n, name, hit):
+        return {"n": n, "name": name, "greedy": {"exact": [hit, hit], "false_calls": 7}}
 
-    saturation.print_table("", [[line(0, "A - B", [1, 1]), line(1, "latents", [0, 0]),
-                                 line(1, "A - B", hits)] for hits in ([1, 1], [0, 0])])
+    saturation.print_table("", [[line(0, "A - B", 1), line(1, "latents", 0), line(1, "A - B", hit)]
+                                for hit in (1, 0)])
 
     baseline, latents = capsys.readouterr().out.splitlines()[-2:]
     assert baseline.split()[-3:] == ["[100,", "100]", "7"]
@@ -1863,83 +1677,52 @@ def test_the_table_of_saturation_has_controls_beside_latents_and_not_beside_base
 
 
 def test_an_interval_over_dictionaries_and_prompts_is_as_wide_as_either_makes_it():
-    by_dictionary, by_prompt = np.zeros((2, 10, 40))
-    by_dictionary[::2] = 1
-    by_prompt[:, ::2] = 1
-
-    for exact_SN, half in ((by_dictionary, 31), (by_prompt, 15)):
+    for axis, half in ((0, 31), (1, 15)):
+        exact_SN = np.indices((10, 40))[axis] % 2
         found = re.findall(r"\d+", saturation.two_way(exact_SN))
         assert list(map(int, found)) == approx([50, 50 - half, 50 + half], abs=4)
 
 
-def cells_of_the_lesson(world):
-    """[(source, tags, outputs)]; text has no outputs (None). Its runs are the world's."""
-    text = (ROOT / "extras/lesson.ipynb").read_text()
-    cells = json.loads(text.replace("runs/lesson-seed{seed}", f"{world.run}"))["cells"]
-    return [("".join(cell["source"]), cell["metadata"].get("tags"), cell.get("outputs"))
-            for cell in cells]
-
-
-def test_the_lesson_runs_from_the_first_cell_to_the_last_also_without_pictures(world, monkeypatch):
+def test_the_lesson_runs_from_the_first_cell_to_the_last_also_without_pictures(
+        world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(toy, "fit", functools.partial(toy.fit, steps=100))  # speed, as are samples
+    text = (ROOT / "extras/lesson.ipynb").read_text()
+    cells = json.loads(text.replace("runs/lesson-seed{seed}", f"{world.run}"))["cells"]
     here = {}
+    blanks = 0
 
-    for source, _, outputs in cells_of_the_lesson(world):
-        if outputs is not None:  # it holds code
+    for cell, below in zip(cells, cells[1:]):  # the last holds no code
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
             exec(source.replace("samples=5", "samples=1"), here)
+        if source.startswith("# predict"):  # the reader guesses first
+            assert cell["outputs"] == []
 
+        # a blank is checked, and its solution passes
+        out = capsys.readouterr().out
+        if "blank" in cell["metadata"].get("tags", ""):
+            assert "it is still empty" in out
+            _, check = source.rsplit("\n\n\n", 1)
+            solution = re.search(r"```python\n(.*?)```", "".join(below["source"]), re.DOTALL)[1]
+            exec(solution + check, {**here})
+            assert "is right" in capsys.readouterr().out
+            blanks += 1
+
+    assert blanks == 6
     assert here["changes_seen"]
-
-
-def test_the_lesson_shows_no_result_before_its_question(world):
-    guesses = [outputs for source, _, outputs in cells_of_the_lesson(world)
-               if source.startswith("# predict")]
-    assert guesses == 9 * [[]]
-
-
-def test_blanks_of_the_lesson_are_checked_and_their_solutions_pass(world, capsys):
-    cells = cells_of_the_lesson(world)
-    blanks = [i for i, (_, tags, _) in enumerate(cells) if tags == ["blank"]]
-    assert len(blanks) == 6
-
-    for i in blanks:
-        here = {"lesson_checks": lesson_checks, "torch": torch, "F": F}
-        exec(cells[i][0], here)
-        assert "it is still empty" in capsys.readouterr().out
-        _, check = cells[i][0].rsplit("\n\n\n", 1)
-        solution = re.search(r"```python\n(.*?)```", cells[i + 1][0], re.DOTALL)[1]
-        exec(solution + check, here)
-        assert "is right" in capsys.readouterr().out
 
 
 def test_a_check_of_the_lesson_says_what_is_wrong_and_goes_on_without(capsys):
     c = lesson_checks
     wrong = {
-        "it changes x_BMD": (c.encode, dfc.Crosscoder.encode, lambda cc, x: x.zero_()),
-        "it divides by 0": (c.cohens_d, steer.cohens_d, lambda p, q: p.mean(0) / p.std(0)),
-        "it changes cc": (c.written, steer.written, lambda cc, f, latents: cc.W_dec.zero_()),
-        "scale_A is missing": (c.written, steer.written, lambda cc, f, s: f[:, s] @ cc.W_dec[s, 0]),
-        "its sign is wrong": (c.as_long, c.stretch, lambda v, d: c.stretch(v, -d)),
-        "the two are swapped": (c.split_along, c.split, lambda v, u: c.split(v, u)[::-1]),
-        "target (6,)": (c.set_to, c.step_to, lambda a, b, d: c.step_to(a, b[:, :], d))}
+        "it changes x_BMD": (c.encode, lambda cc, x: x.zero_()),
+        "it divides by 0": (c.cohens_d, lambda p, q: p.mean(0) / p.std(0)),
+        "scale_A is missing": (c.written, lambda cc, f, s: f[:, s] @ cc.W_dec[s, 0]),
+        "its sign is wrong": (c.as_long, lambda v, d: c.stretch(v, -d)),
+        "the two are swapped": (c.split_along, lambda v, u: c.split(v, u)[::-1]),
+        "target (6,)": (c.set_to, lambda a, b, d: c.step_to(a, b[:, :], d))}
 
-    for problem, (check, right, mine) in wrong.items():
-        assert check(mine) is right
+    for problem, (check, mine) in wrong.items():
+        assert check(mine) is not mine
         assert problem in capsys.readouterr().out
-
-
-def test_the_lesson_fetches_the_code_if_it_is_not_there(world, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr("subprocess.run", lambda command, check: asked.append(command[:2]))
-    (tmp_path / "dfc").mkdir()
-    (tmp_path / "dfc/dfc.py").touch()
-    first = cells_of_the_lesson(world)[1][0]
-
-    exec(first, {})
-    exec(first, {})  # once more does nothing
-
-    assert asked == [["git", "clone"], [sys.executable, "-m"]]
-    assert Path.cwd() == tmp_path / "dfc"
