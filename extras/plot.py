@@ -240,7 +240,7 @@ def draw_norms(plt, runs):
         ax.hist(norm_LM[:, 0] / norm_LM.sum(1), bins=np.linspace(0, 1, 41), color=BLUE)
         ax.set(title=chosen[-1].folder.name, xlabel="A's share of a decoder row's length",
                ylabel="latents", yscale="log")
-    fig.suptitle("Some rows of a DFC are A's alone (1) or B's alone (0), by construction.\n"
+    fig.suptitle("Rows of exclusive latents are one model's alone (A's: 1), by construction.\n"
                  "Those of a plain crosscoder are what training made of them.")
     return fig
 
