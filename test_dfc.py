@@ -65,8 +65,7 @@ def close(a, b, atol=1e-4):
 
 def write_rows(file, *rows):
     """A .jsonl file -> its name."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    Path(file).write_text("\n".join(lines) + "\n")
+    Path(file).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return str(file)
 
 
@@ -81,9 +80,8 @@ def cells_of(table):
     return [re.split(" {2,}", line) for line in re.findall(r"\S.*", table)]
 
 
-def rows_in(file, split=""):
-    return [row for row in dfc.read_rows(str(file), ())
-            if split in row.get("split", "")]
+def rows_in(file, split=None):
+    return [*dfc.read_rows(str(file), (), split)]
 
 
 # ---- 1. The crosscoder ---------------------------------------------------------------------------
@@ -465,8 +463,7 @@ def test_what_is_saved_and_loaded_has_the_authors_names_and_speaks_raw_units(tmp
     assert torch.equal(again(x_NMD)[0], cc(x_NMD)[0])
     assert again.partitions() == cc.partitions()
     state = load_file(tmp_path / "model.safetensors")
-    shapes = {name: list(weights.shape) for name, weights in state.items()}
-    assert shapes == json.loads("""{
+    assert {name: list(weights.shape) for name, weights in state.items()} == json.loads("""{
         "W_enc": [2, 16, 32], "b_enc": [32], "W_dec": [32, 2, 16], "b_dec": [2, 16],
         "mean": [2, 16], "scale": [2, 16]
     }""")
@@ -577,8 +574,7 @@ def test_a_killed_run_leaves_nothing_a_finished_one_stays_and_equal_seeds_give_e
     assert call(dfc, *flags) == 0
     assert files(tmp_path) == done
 
-    weights = (world.run / "model.safetensors").read_bytes()
-    assert done[run / "model.safetensors"] == weights
+    assert done[run / "model.safetensors"] == (world.run / "model.safetensors").read_bytes()
 
 
 def test_the_seed_sets_texts_weights_and_batches_and_a_text_seed_the_texts_alone(
@@ -761,8 +757,8 @@ def test_an_error_line_ends_with_what_the_hub_answered(capsys):
 
     assert dfc.cli(main) == 2
 
-    error = capsys.readouterr().err
-    assert "owner/name: check your connection (429 for https://hub/file)" in error
+    said = "owner/name: check your connection (429 for https://hub/file)"
+    assert said in capsys.readouterr().err
 
 
 # ---- 7. Scores -----------------------------------------------------------------------------------
@@ -865,8 +861,8 @@ def test_wilson_and_the_paired_bootstrap_are_the_textbooks():
     assert list(ev.wilson(8, 10).values()) == approx([80, 49.02, 94.33], abs=.01)
 
     # 25 +- 1.96 sqrt(25 (100 - 25) / 400)
-    change = ev.paired([1, 1, 0, 1] * 100, [1, 0, 0, 1] * 100)
-    assert list(change.values()) == approx([25, 20.76, 29.24], abs=.5)
+    assert list(ev.paired([1, 1, 0, 1] * 100, [1, 0, 0, 1] * 100).values()) == approx(
+        [25, 20.76, 29.24], abs=.5)
 
 
 def test_chance_never_reads_the_question_and_needs_rows_that_list_their_tools():
@@ -902,9 +898,9 @@ def test_score_reads_a_file_of_your_own_answers(tmp_path, capsys):
     wrong = {**ONE, "prediction": "\u2028 no"}
     unreadable = {**row_of("THINK [ CLOSES ]"), "prediction": "no"}
     bare = {"output": "Hi.", "prediction": "Hello."}  # lists no tools: not in the chance lines
-    file = write_rows(tmp_path / "a.jsonl", right, wrong, unreadable, bare)
+    write_rows(tmp_path / "a.jsonl", right, wrong, unreadable, bare)
 
-    assert call(ev, "--score", file) == 0
+    assert call(ev, "--score", tmp_path / "a.jsonl") == 0
 
     out = capsys.readouterr().out  # exact, called, paper_tool; exact, false calls
     assert re.search(r"your answers +50.0 +50.0 +50.0 +100.0 +0.0\n", out)
@@ -972,8 +968,8 @@ def test_sampled_answers_are_drawn_from_the_softmax_and_versions_share_their_noi
 
     p_C = model(ids_1T).logits[0, -1].softmax(0)
     for token in p_C.topk(5).indices.tolist():
-        share = sum(text.startswith(f"[{token},") for text in clean) / 2000
-        assert share == approx(p_C[token].item(), abs=.03)
+        drawn = [text.startswith(f"[{token},") for text in clean]
+        assert np.mean(drawn) == approx(p_C[token].item(), abs=.03)
 
     # each batch and seed has its noise; in all versions it is the same; greedy has none
     assert clean[:1000] != clean[1000:]
@@ -988,10 +984,8 @@ def test_an_answer_ends_where_the_tokenizer_the_model_its_generation_or_the_chat
     model = random_model("Llama", eos_token_id=5)
     model.generation_config.eos_token_id = [7, 9]
 
-    ends = ev.end_tokens(model, tokenizer)
-
     usual = tokenizer.convert_tokens_to_ids(["</think>", "<|im_end|>", "<|endoftext|>"])
-    assert ends.tolist() == sorted({5, 7, 9, *usual})
+    assert ev.end_tokens(model, tokenizer).tolist() == sorted({5, 7, 9, *usual})
 
 
 def test_reconstructions_are_what_the_decoder_says():
@@ -1022,8 +1016,7 @@ def test_reconstructions_are_what_the_decoder_says():
         assert F.cosine_similarity(noise_ND[0], noise_ND[1], dim=0).abs() < .9
 
     # "another A" is never the prompt's own
-    error_ND = found["reconstruction, another A"] - xhat_NMD[:, 1]
-    assert error_ND.norm(dim=1).min() > .1
+    assert (found["reconstruction, another A"] - xhat_NMD[:, 1]).norm(dim=1).min() > .1
 
 
 @once
@@ -1062,9 +1055,7 @@ def test_the_newest_finished_run_is_the_default(world, tmp_path, monkeypatch):
     Path("runs/old").symlink_to(world.run)
     shutil.copytree(world.run, "runs/new")
 
-    opened = ev.open_run(get=lambda *model: model)
-
-    assert opened.folder == Path("runs/new")
+    assert ev.open_run(get=lambda *model: model).folder == Path("runs/new")
 
 
 # ---- 9. Steering ---------------------------------------------------------------------------------
@@ -1113,8 +1104,7 @@ def stage(monkeypatch):
         return [of_hits(n) for n, _ in zip(HITS, v_VND)]
 
     for module in (steer, grid, saturation):
-        monkeypatch.setattr(module, "outcomes", outcomes)
-        monkeypatch.setattr(module, "read_prompts", read_prompts)
+        replace_in(module, monkeypatch, outcomes, read_prompts)
     return *prompts.values(), asked
 
 
@@ -1205,7 +1195,7 @@ def test_strengths_come_from_dev_prompts_and_test_prompts_show_a_change_beside_i
         "its maximum added to B": ("B", 1, maximum_D.expand(9, 16)),
         "copied from A into B, x 2": ("B", 1, 2 * test_ND)}
     others = [row["feature_idx"] for row in ranking
-              if row["feature_idx"] in (0, 1, 3, 4, 6, 7, 8, 9)]
+              if row["feature_idx"] in {*range(10)} - {2, 5}]
     directions = steer.control_directions(run.cc, dev, others, seed=7)
     u_UD = torch.cat([*directions.values()])
 
@@ -1396,9 +1386,8 @@ README = (ROOT / "README.md").read_text()
 
 def test_no_question_is_asked_twice_and_every_gold_answer_is_exact():
     rows = rows_in(TINY / "tools.jsonl")
-    questions = {row["input"].lower() for row in rows}
 
-    assert len(questions) == len(rows)
+    assert len({row["input"].lower() for row in rows}) == len(rows)
     for row in rows:
         assert ev.score(row["output"], row)["exact"] == 1
         assert ev.needs_tool(row) is (row["kind"] in ("ask", "hint"))
@@ -1488,10 +1477,17 @@ def test_the_programs_of_the_exercises_run(world, run, tmp_path, monkeypatch, ca
     assert "ablated in A minus clean A: -100.0 to -100.0" in printed
 
 
-GENERATE = """generate batches_by_length token_ids answer_prefix hooked end_tokens decode
-    cache_argument"""
-SCORE = """score first_turn parse_calls parse_block parameters_of as_number after_thought Parsed
-    responds tool_names"""
+def test_every_exercise_names_its_run_and_gives_a_hint_before_its_solution():
+    page = (ROOT / "extras/EXERCISES.md").read_text()
+
+    assert 11 == len(re.findall(
+        r"(?s)\n## \d+\. .*?Afterwards\s+you\s+can.*?\n(?:python|pytest) .*?<summary>Hint"
+        r".*?<summary>Solution", page))
+    for program, argv in re.findall(r"(?m)^(?:python|pytest) (\S+)(.*)", page):
+        assert (ROOT / program).exists()
+        assert "runs/" in argv or "exercises/" in program
+
+
 PIECES = {  # a piece and what to copy with it: an example
     "Crosscoder Partition keep_largest":
         "Crosscoder(16, 32, 5, 4, 3, True)(x)",
@@ -1503,9 +1499,11 @@ PIECES = {  # a piece and what to copy with it: an example
         "collect([model, model], tokenizer, ['abc', 'de'], 1)",
     "chunks token_ids":
         "chunks(['One two. Three four! Five.'], tokenizer, 9, 4)",
-    SCORE:
+    """score first_turn parse_calls parse_block parameters_of as_number after_thought Parsed
+    responds tool_names""":
         "score(row['output'], row)",
-    GENERATE:
+    """generate batches_by_length token_ids answer_prefix hooked end_tokens decode
+    cache_argument""":
         "generate(model, tokenizer, ['An alarm', 'Hi'], 3, 1, x[None, :2, 0], True)",
     "reconstructions":
         "reconstructions(cc, x, 1)",
@@ -1520,16 +1518,14 @@ PIECES = {  # a piece and what to copy with it: an example
 }
 
 
-def is_library(value):
-    """Is it not one of ours? What is of no module is a constant, so ours."""
-    ours = ("dfc", "eval_toolcall", "steer")
-    return inspect.ismodule(value) or getattr(value, "__module__", "dfc") not in ours
-
-
 @each("names", PIECES, ids=lambda names: names.split()[0])
 def test_each_piece_can_be_copied_alone(names, tokenizer):
     ours = {**vars(dfc), **vars(ev), **vars(steer)}
-    copied = {name: value for name, value in ours.items() if is_library(value)}
+    copied = {}
+    for name, value in ours.items():  # what is of no module is a constant, so ours
+        home = getattr(value, "__module__", "dfc")
+        if inspect.ismodule(value) or home not in ("dfc", "eval_toolcall", "steer"):
+            copied[name] = value
     for name in names.split():
         exec(inspect.getsource(ours[name]), copied)
 
@@ -1687,8 +1683,8 @@ def test_the_lesson_runs_from_the_first_cell_to_the_last_also_without_pictures(
         world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(toy, "fit", functools.partial(toy.fit, steps=100))  # speed, as are samples
-    text = (ROOT / "extras/lesson.ipynb").read_text()
-    cells = json.loads(text.replace("runs/lesson-seed{seed}", f"{world.run}"))["cells"]
+    cells = json.loads((ROOT / "extras/lesson.ipynb").read_text().replace(
+        "runs/lesson-seed{seed}", f"{world.run}"))["cells"]
     here = {}
     blanks = 0
 
