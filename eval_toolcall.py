@@ -146,7 +146,7 @@ def decode(model, next_B1, mask_BT, cache, layer, v_BD, replace, max_new, ends, 
             raise ValueError(f"logits of {model.name_or_path} are not finite: a weight is not, or "
                              f"a vector put in is too long for {model.dtype} (lengths up to "
                              f"{v_BD.norm(dim=1).max():.3g})")
-        if noise:  # - log of exponential noise is Gumbel's; the largest sum is a softmax sample
+        if noise:  # minus log of exponential noise is Gumbel noise: the argmax is a sample
             logits -= torch.empty_like(logits).exponential_(generator=noise).log()
         next_B = logits.argmax(-1)
 

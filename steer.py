@@ -12,7 +12,7 @@ and count exact calls. With S the latents that are changed, one or several,
     its maximum added to B    written, each f_l at its maximum on dev prompts: one vector for all
     copied from A into B      c written_n; this leaks A's decision into B
 
-Near a decision almost any vector changes the answer. So there are controls, as long on each prompt:
+Near a decision almost any vector changes the answer. Controls of the same length on each prompt:
 
     random         10 random directions
     latents        the 20 other latents of the same partition that separate best
